@@ -1,0 +1,1 @@
+"""streamproc: Faust's agents, Flink's guarantees, columnar speed."""
