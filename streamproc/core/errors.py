@@ -8,6 +8,7 @@
     │   ├── ProducerFenced      somebody else owns the task, or its transaction timed out
     │   ├── UnknownOutcome      EndTxn had no answer: the fence of the next start settles it
     │   ├── ProduceRefused      the broker refused a batch, so nothing of the epoch may commit
+    │   ├── BarrierTimeout      an agent holds a record longer than a commit may wait
     │   ├── LedgerMoved         a sink's ledger is not where this task left it
     │   └── RestoreNeeded       the local store does not fit the log
     └── WorkerFailure       nothing this worker can mend: it stops and says what to do
@@ -21,6 +22,7 @@ A message states the fact with its value, then the remedy. `UserError` carries t
 from __future__ import annotations
 
 __all__ = [
+    "BarrierTimeout",
     "BrokerUnavailable",
     "InvariantBroken",
     "LedgerMoved",
@@ -76,6 +78,10 @@ class ProduceRefused(TaskFailure):
     def __init__(self, message: str, *, topic: str, too_large: bool = False) -> None:
         super().__init__(message)
         self.topic, self.too_large = topic, too_large
+
+
+class BarrierTimeout(TaskFailure):
+    """An agent did not finish its record within `BARRIER_TIMEOUT_S`; the message names its line."""
 
 
 class LedgerMoved(TaskFailure):

@@ -33,3 +33,79 @@ DELETE_RETENTION_MS: Final = 7 * 24 * 3600 * 1000
 """`delete.retention.ms` of compacted internal topics: how long a tombstone is kept for a store or sink that is behind."""
 RECORD_FAILURES_MAX: Final = 3
 """How often a record may fail its agent before it becomes a dead letter."""
+TASK_INBOX_BYTES_MAX: Final = 16 << 20
+"""Fetched bytes that wait for one task; beyond it the source is paused until half of it is worked off."""
+REFUSED_EPOCHS_MAX: Final = 3
+"""How often in a row the broker may refuse a task's epoch before the worker stops and says why."""
+TASK_RESTART_S_MAX: Final = 5.0
+"""Longest pause between two starts of a failing task."""
+SINK_CLOSE_S: Final = 3.0
+"""How long a closing task waits for its sinks to apply what is committed; the next owner catches them up otherwise."""
+SINK_CONNECTIONS_MAX: Final = 4
+"""Connections of one worker to one Redis or Postgres, shared by all its tasks and tables."""
+REDIS_SLICE_ROWS_MAX: Final = 2_000
+"""Rows of one atomic step in Redis: a few milliseconds in which the server serves nobody else."""
+REDIS_FIELDS_MAX: Final = 3_500
+"""Columns of one row: a Lua call takes about 8,000 arguments, two to a field."""
+REDIS_SCAN_COUNT: Final = 1_000
+"""Keys looked at per step when a rebuild lists a partition's rows."""
+POSTGRES_READ_ROWS_MAX: Final = 10_000
+"""Rows fetched at a time when a rebuild lists a partition's rows."""
+MARKER_WAIT_S: Final = 0.003
+"""Between two tries while the last transaction's markers are on their way: a matter of milliseconds."""
+FETCH_WAIT_MS_FULL: Final = 20
+"""How long a broker may hold a fetch open that leaves out partitions whose buffers are full: they may drain meanwhile."""
+FETCH_OUTAGE_S: Final = 30.0
+"""How long no broker answers a fetch before `Fetcher.get` says so; the fetch itself goes on trying."""
+PRODUCE_REQUEST_BYTES_MAX: Final = 8 << 20
+"""Record batches of several partitions in one request to one broker."""
+TRANSACTION_LANES: Final = 4
+"""Connections per broker that a worker's tasks share: a broker serves the requests of one connection in order."""
+READ_BUFFER_BYTES_MAX: Final = 4 << 20
+"""Record sets that one restore fetches ahead."""
+READ_LANES: Final = 4
+"""Connections per broker that restores share."""
+MEMBERSHIP_CHECK_S: Final = 1.0
+"""How often the group client is asked whether it has failed."""
+SESSION_TIMEOUT_MS: Final = 10_000
+"""A member that is not heard of for this long loses its partitions."""
+HEARTBEAT_MS: Final = 1_000
+"""How soon a member hears of a rebalance."""
+REBALANCE_TIMEOUT_MS: Final = 60_000
+"""What `on_revoked` may take; above `BARRIER_TIMEOUT_S` and `RETRY_TOTAL_S` together."""
+STORE_MEMTABLE_BYTES: Final = 8 << 20
+"""RocksDB's write buffer, per task: small, so that sorted batches are merged while they are in the processor's cache."""
+STORE_CACHE_BYTES: Final = 64 << 20
+"""Blocks of RocksDB held in memory, shared by all tasks of a worker."""
+STORE_OPEN_FILES_MAX: Final = 256
+"""Table files that one task's RocksDB keeps open."""
+RESTORE_WRITE_BYTES_MAX: Final = 4 << 20
+"""Changelog rows of one WriteBatch while restoring; a crash repeats at most this much."""
+CHANGELOG_RECORD_BYTES_MAX: Final = INTERNAL_BATCH_BYTES_MAX - 4_096
+"""Key and value of one changelog record; the rest of a batch is its own head and the record's headers."""
+DEDUPE_BYTES_MAX: Final = 512 << 20
+"""Remembered ids of one dedupe step of one task: 13 million ids at the table's fullest."""
+DEDUPE_CHUNK_BYTES_MAX: Final = 256 << 10
+"""Ids that one row of dedupe state holds."""
+AGENT_CANCEL_S: Final = 1.0
+"""How long a given-up agent may take to leave; what it does afterwards reaches nothing."""
+DECOMPRESSED_BATCH_BYTES_MAX: Final = 64 << 20
+"""What one compressed record batch may unpack to: some kilobytes of hostile bytes must not fill the memory."""
+AVRO_ITEMS_MAX: Final = 1 << 16
+"""Items in all arrays and maps of one record, unless the record has more bytes: items of no size must be bounded too."""
+AVRO_DEPTH_MAX: Final = 64
+"""Nested records, arrays and maps of one record: a recursive type must not exhaust the stack."""
+INTERNAL_MESSAGE_BYTES_MAX: Final = 8 << 20
+"""`max.message.bytes` of internal topics: a dead letter is a record of the user's plus our headers."""
+REVOKE_S: Final = 9.0
+"""How long a rebalance waits for the tasks to commit and close; what does not fit is redone by the next owner."""
+TICK_S: Final = 0.2
+"""How often idleness is looked at."""
+TRIM_INTERVAL_S: Final = 10.0
+"""How often repartition topics are trimmed behind the committed positions."""
+BARRIER_TIMEOUTS_MAX: Final = 3
+"""How often in a row an agent may hold up a commit before the worker stops and names its line."""
+DISTINCT_CACHE_BYTES_MAX: Final = 256 << 20
+"""Sets of distinct values that one table keeps in memory per task; a set that is not there is read from the store."""
+DISTINCT_CHUNK_BYTES_MAX: Final = 256 * 1024
+"""One stored chunk of a set of distinct values: a record well below `INTERNAL_BATCH_BYTES_MAX`."""

@@ -10,6 +10,7 @@ import msgspec
 
 from streamproc.core.batch import Headers
 from streamproc.core.types import TopicPartition
+from streamproc.eventtime.watermark import WatermarkState
 
 __all__ = ["KeyedState", "Partial", "PartialHeader", "SideRecord", "WatermarkState"]
 
@@ -43,13 +44,6 @@ class SideRecord(NamedTuple):
     known), ``sp-time-ms``; late ones also ``sp-table``, ``sp-window-start``, ``sp-window-end``, ``sp-late-by-ms``."""
     source: TopicPartition
     offset: int
-
-
-class WatermarkState(msgspec.Struct):
-    """One source partition's event-time clock, as the commit record keeps it."""
-
-    watermark: int
-    idle: bool = False
 
 
 class PartialHeader(msgspec.Struct, frozen=True, array_like=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -100,3 +101,5 @@ class SourcePlan:
     dead_letter_topic: str
     late_topic: str
     where: str
+    columns: Mapping[str, pl.DataType] = field(default_factory=dict)
+    """Types of the topic's columns, by the reader's schema."""

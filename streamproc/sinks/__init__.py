@@ -1,1 +1,9 @@
+"""Sinks that users declare on a table: `hourly.sink(sinks.redis(url), sinks.postgres(dsn))`.
 
+The client libraries are extras and are imported by the first sink that needs them.
+"""
+
+from streamproc.sinks.postgres import postgres
+from streamproc.sinks.redis import redis
+
+__all__ = ["postgres", "redis"]

@@ -10,22 +10,13 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import msgspec
 import polars as pl
+
+from streamproc.commit.ledger import Ledger
 
 __all__ = ["Emit", "Ledger", "Sink", "SinkRows", "SinkWriter", "TableShape"]
 
 Emit = Literal["on_update", "on_close", "final"]
-
-
-class Ledger(msgspec.Struct, frozen=True):
-    """How far a sink is with one task."""
-
-    log_id: str
-    incarnation: int
-    epoch: int
-    hint: int
-    """Changelog position from which a replay of later epochs may start. A hint only: never compared."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +34,11 @@ class TableShape:
     def identity(self) -> list[str]:
         """Columns that identify a row."""
         return [*self.keys, "window_start"]
+
+    @property
+    def names(self) -> list[str]:
+        """All columns of a row in order."""
+        return [*self.identity, "window_end", *self.columns]
 
 
 @dataclass(frozen=True)

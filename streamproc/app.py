@@ -1,0 +1,281 @@
+"""`App`: a `faust.App` whose records, tables and commits are streamproc's. Configuration and wiring, nothing else."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import faust
+from faust.app.base import BootStrategy as FaustBootStrategy
+
+from streamproc.avro.decode import columns_of
+from streamproc.avro.registry import DirectoryRegistry, Registry
+from streamproc.avro.rows import Encoder, RowDecoder
+from streamproc.avro.schema import Schema, load_schema
+from streamproc.core.batch import RawBatch
+from streamproc.core.clock import Clock, SystemClock
+from streamproc.core.durations import Duration, milliseconds
+from streamproc.core.errors import UserError, WorkerFailure
+from streamproc.eventtime.spec import EventTime
+from streamproc.operators.pipeline import Declaration, Pipeline, caller, compile
+from streamproc.runtime.agentwork import RowReader
+from streamproc.runtime.glue import FaustTransport
+from streamproc.runtime.runtime import Runtime
+from streamproc.runtime.surface import Agent, Table, TableManager, Topic
+from streamproc.runtime.topology import AgentTable, Group, agent_group, pipeline_groups
+from streamproc.state.contract import Store
+from streamproc.state.memory import MemoryStore
+from streamproc.state.rocksdb import RocksDBStore
+from streamproc.transport.contract import TopicSpec, Transport
+from streamproc.transport.embedded import EmbeddedTransport
+
+__all__ = ["App", "Worker"]
+
+
+class Worker(faust.Worker):
+    """Faust's worker that ends with a message, not a traceback, when it stops for a reason we can name."""
+
+    def execute_from_commandline(self) -> NoReturn:
+        app = self.app
+        try:
+            super().execute_from_commandline()
+        except SystemExit:
+            if isinstance(app, App) and app.failure is not None:
+                raise SystemExit(1) from None
+            raise
+
+
+class BootStrategy(FaustBootStrategy):
+    """Faust's services, then our runtime, which stops first."""
+
+    def tables(self) -> Any:
+        return [*super().tables(), self.app.runtime]  # type: ignore[attr-defined]
+
+
+class App(faust.App):
+    """A stream application.
+
+    ``broker``: ``kafka://HOST:PORT`` (several with ``;``) or ``embedded://PATH``, a log in a local file and no server.
+    ``schemas``: folder of ``.avsc`` files with their ``ids.json``; read when the first schema is asked for.
+    ``commit_interval``: time between two commits of a task, so also the least delay of a result.
+    ``store``: ``rocksdb://`` or ``memory://``; either is restored from the changelog.
+    ``clock``: processing time, for tests. Everything else is a setting of Faust.
+    """
+
+    BootStrategy = BootStrategy
+
+    def __init__(
+        self,
+        id: str,
+        *,
+        broker: str = "embedded://data",
+        schemas: str | Path = "schemas",
+        commit_interval: Duration = "1s",
+        store: str = "rocksdb://",
+        clock: Clock | None = None,
+        **options: Any,
+    ) -> None:
+        self.clock: Clock = clock or SystemClock()
+        self.declaration = Declaration()
+        self.failure: WorkerFailure | None = None
+        self.commit_interval_s = milliseconds(commit_interval, setting="commit_interval") / 1000
+        self._schemas_folder = Path(schemas)
+        self._state_store = store
+        self._declared: dict[str, Topic] = {}
+        options.pop("processing_guarantee", None)  # always exactly once; Faust's own machinery for it must stay off
+        bind = options.setdefault("web_bind", "127.0.0.1")
+        if bind in ("127.0.0.1", "localhost", "::1"):
+            options.setdefault("web_host", "127.0.0.1")
+        options.setdefault("broker_session_timeout", 10.0)
+        options.setdefault("broker_heartbeat_interval", 2.0)
+        options.setdefault("worker_redirect_stdouts", False)
+        classes = {"Agent": Agent, "Table": Table, "TableManager": TableManager, "Topic": Topic, "Worker": Worker}
+        super().__init__(id, broker=broker, store="memory://", **{**classes, **options})
+
+    # ---- what users declare
+
+    def topic(self, *topics: str, value_schema: str | Path | None = None, event_time: EventTime | None = None,
+              **options: Any) -> Any:  # fmt: skip
+        """Faust's topic, with an Avro schema (an ``.avsc`` file) and an event time, both shared by all who read it.
+
+        With ``partitions`` the topic is created if it is missing.
+        """
+        topic = super().topic(*topics, **options)
+        assert isinstance(topic, Topic)
+        topic.where = caller()
+        topic.event_time = event_time
+        topic.declared_partitions = options.get("partitions")
+        if value_schema is not None:
+            schema = self._load(value_schema)
+            topic.value_schema = schema
+            topic.encoder = _LazyEncoder(self, schema)
+        if len(topics) == 1:
+            self._declared[topics[0]] = topic
+        return topic
+
+    def pipeline(self, topic: Any, *, name: str | None = None) -> Pipeline:
+        """Begin a pipeline over ``topic``; ``name`` (default: the topic's) is its identity in the commit record."""
+        if not isinstance(topic, Topic) or topic.value_schema is None:
+            raise UserError(
+                f"app.pipeline({topic!r}) has no schema to find columns in.",
+                remedy='Declare the topic with one: app.topic("orders", value_schema="schemas/order.avsc", …).',
+                where=caller(),
+            )
+        title = topic.get_topic_name()
+        columns = columns_of(topic.value_schema)
+        return self.declaration.pipeline(
+            name or title, topic=title, columns=columns, event_time=topic.event_time, schema=topic.value_schema
+        )
+
+    def agent(self, channel: Any = None, **options: Any) -> Any:
+        """Faust's decorator; the agent runs once in each task, inside its transaction."""
+        where, declare = caller(), super().agent(channel, **options)
+
+        def decorate(fun: Any) -> Any:
+            agent = declare(fun)
+            agent.where = where
+            return agent
+
+        return decorate
+
+    def Table(self, name: str, **options: Any) -> Any:
+        """Faust's table, in the task's transaction and on its store."""
+        where = caller()
+        table = super().Table(name, **options)
+        table.where = where  # type: ignore[attr-defined]
+        return table
+
+    # ---- what the runtime asks
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        return Runtime(self, self.clock, beacon=self.beacon)
+
+    @cached_property
+    def registry(self) -> Registry:
+        """Which schema an id means. A registry behind a URL will be another `Registry`."""
+        return DirectoryRegistry(self._schemas_folder)
+
+    @property
+    def state_folder(self) -> Path:
+        return Path(self.conf.tabledir) / "tasks"
+
+    def _new_transport(self) -> Any:
+        return FaustTransport(self.conf.broker_consumer, self)
+
+    def _new_producer_transport(self) -> Any:
+        return FaustTransport(self.conf.broker_producer, self)
+
+    def make_transport(self) -> Transport:
+        """The log the broker URL names."""
+        urls = [str(url) for url in self.conf.broker]
+        schemes = {urlsplit(url).scheme for url in urls}
+        if schemes == {"embedded"}:
+            return EmbeddedTransport(Path(urls[0].removeprefix("embedded://")), self.clock)
+        if schemes == {"kafka"}:
+            from streamproc.transport.kafka import KafkaTransport
+
+            servers = [f"{url.host}:{url.port or 9092}" for url in self.conf.broker]
+            return KafkaTransport(
+                servers, self.clock, client_id=self.conf.broker_client_id, assignor=self.assignor,
+                session_timeout_s=self.conf.broker_session_timeout,
+                heartbeat_interval_s=self.conf.broker_heartbeat_interval,
+            )  # fmt: skip
+        raise UserError(f"broker={';'.join(urls)!r} is not a log streamproc knows.",
+                        remedy="Write kafka://HOST:PORT or embedded://PATH.")  # fmt: skip
+
+    def open_store(self, folder: Path) -> Store:
+        """The local store of one task."""
+        if self._state_store.startswith("memory"):
+            return MemoryStore()
+        return RocksDBStore(folder)
+
+    def declared_topics(self) -> list[TopicSpec]:
+        """Source and output topics as declared; partitions 0 where the declaration leaves the number open."""
+        return [
+            TopicSpec(name, topic.declared_partitions or 0)
+            for name, topic in self._declared.items()
+            if not name.startswith(f"{self.conf.id}-")
+        ]
+
+    def build_groups(self, partitions: Mapping[str, int]) -> list[Group]:
+        """Check and compile all that was declared."""
+        plans = compile(self.declaration, partitions, self.conf.id)
+        groups = pipeline_groups(plans, self.declaration, self.registry, self.conf.id, partitions) if plans else []
+        specs = [agent.spec() for agent in self.agents.values()]
+        if specs:
+            tables = [AgentTable(table.name, table.default) for table in self.tables.values()]
+            readers = {topic: self._reader(topic) for spec in specs for topic in spec.topics}
+            groups.append(agent_group(specs, tables, readers, self.conf.id, partitions, self.clock))
+        return groups
+
+    def _reader(self, name: str) -> RowReader:
+        topic = self._declared.get(name)
+        if topic is not None and topic.value_schema is not None:
+            return RowDecoder(topic.value_schema, self.registry)
+        return _FaustReader(self, topic)
+
+    def _load(self, path: str | Path) -> Schema:
+        """A path as given, else the same file name in the schema folder."""
+        given = Path(path)
+        return load_schema(given if given.exists() else self._schemas_folder / given.name)
+
+    # ---- what ends the worker
+
+    async def crash(self, reason: BaseException) -> None:
+        """A reason we can name ends the worker with its message and exit code 1; anything else is Faust's crash."""
+        if not isinstance(reason, WorkerFailure) or not self.in_worker:
+            await super().crash(reason)
+            return
+        if self.failure is None:
+            self.failure = reason
+            sys.stderr.write(f"\nstreamproc stops: {reason}\n")
+            sys.stderr.flush()
+            signal.raise_signal(signal.SIGTERM)
+
+
+class _LazyEncoder:
+    """Made at the first send: an app that only reads needs no id for its schema."""
+
+    def __init__(self, app: App, schema: Schema) -> None:
+        self._app, self._schema = app, schema
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self._schema, self._app.registry.id_of(self._schema))
+
+    def encode(self, value: Any) -> bytes:
+        return self._encoder.encode(value)
+
+
+class _FaustReader:
+    """Values by Faust's serializers, for topics without an Avro schema."""
+
+    def __init__(self, app: App, topic: Topic | None) -> None:
+        self._app, self._topic = app, topic
+
+    def rows(self, batch: RawBatch) -> tuple[list[Any], list[Any]]:
+        kind = self._topic.value_type if self._topic is not None else None
+        serializer = self._topic.value_serializer if self._topic is not None else None
+        loads = self._app.serializers.loads_value
+        good: list[Any] = []
+        bad: list[Any] = []
+        for row in range(len(batch)):
+            try:
+                good.append(loads(kind, batch.value(row), serializer=serializer))
+            except faust.exceptions.ValueDecodeError as broken:
+                bad.append(_Bad(row, f"value is not {serializer or 'json'}: {type(broken.__cause__).__name__}"))
+        return good, bad
+
+
+class _Bad:
+    schema_id: int | None = None
+
+    def __init__(self, row: int, reason: str) -> None:
+        self.row, self.reason = row, reason
+

@@ -1,0 +1,99 @@
+"""What a starting task may do with what it found. Facts in, decision out; no I/O."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from streamproc.commit.record import CommitRecord, tp_name, tp_of
+from streamproc.core.errors import LogLost, UserError, invariant
+from streamproc.core.types import NO_WATERMARK, TaskId, TopicPartition
+
+__all__ = ["Declared", "Found", "first_record", "next_record", "require_fit", "topology_hash"]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What the application says of a task today."""
+
+    task: TaskId
+    app_id: str
+    sources: Mapping[str, int]
+    """Source topic -> partitions."""
+    tables: Mapping[str, dict[str, object]]
+    """Table -> canonical form of its plan."""
+    changelogs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the log holds, read after the fence."""
+
+    record: CommitRecord | None
+    changelog_records: Mapping[str, int]
+    """Changelog topic -> how many offsets its partition holds (end - begin)."""
+
+
+def topology_hash(declared: Declared) -> str:
+    """Changes when the group's topics, partition counts or table names do."""
+    facts = [declared.task.group, sorted(declared.sources.items()), sorted(declared.tables)]
+    return hashlib.blake2b(msgspec.json.encode(facts), digest_size=12).hexdigest()
+
+
+def require_fit(found: Found, declared: Declared) -> None:
+    """Refuse to go on with a log that does not belong to this code. Raises `UserError` or `LogLost`."""
+    reset = f"streamproc reset {declared.app_id}"
+    record = found.record
+    if record is None:
+        held = [name for name, count in found.changelog_records.items() if count]
+        if held:
+            raise LogLost(
+                f"Task {declared.task} has no commit record, but its changelog {held[0]} holds records: what they belong "
+                f"to is not known. Bring the commits topic back, or start anew with `{reset}`."
+            )
+        return
+    for topic, count in record.sources.items():
+        now = declared.sources.get(topic)
+        if now is not None and now != count:
+            raise UserError(
+                f"Topic {topic} had {count} partitions when the application first started and has {now} now.",
+                remedy=f"Keys have moved, so the state no longer fits: start under a new id, or `{reset}`.",
+            )
+    if record.topology != topology_hash(declared):
+        raise UserError(
+            f"Task {declared.task} was committed by another topology (topics then: {sorted(record.sources)}, tables "
+            f"then: {sorted(record.fingerprints)}; now: {sorted(declared.sources)}, {sorted(declared.tables)}).",
+            remedy=f"Deploy the code that fits, start under a new id, or `{reset}`.",
+        )
+
+
+def first_record(declared: Declared, *, log_id: str, positions: Mapping[str, Mapping[TopicPartition, int]],
+                 ends: Mapping[TopicPartition, int]) -> CommitRecord:  # fmt: skip
+    """The record of a task that never committed: epoch 0, incarnation 0; it is not written as it is."""
+    return CommitRecord(
+        log_id=log_id,
+        incarnation=0,
+        epoch=0,
+        positions={agent: {tp_name(tp): at for tp, at in of.items()} for agent, of in positions.items()},
+        watermarks={},
+        sources=dict(declared.sources),
+        ends={tp_name(tp): at for tp, at in ends.items()},
+        timers_ms=NO_WATERMARK,
+        changelogs=dict.fromkeys(declared.changelogs, 0),
+        topology=topology_hash(declared),
+        fingerprints={name: dict(form) for name, form in declared.tables.items()},
+    )
+
+
+def next_record(last: CommitRecord, **changes: object) -> CommitRecord:
+    """The record of the next epoch: everything of ``last`` but ``changes``. A position never goes back."""
+    record: CommitRecord = msgspec.structs.replace(last, epoch=last.epoch + 1, **changes)
+    for agent, at in last.positions.items():
+        for name, position in at.items():
+            now = record.positions.get(agent, {}).get(name)
+            invariant(now is None or now >= position,
+                      f"Position of {agent} in {tp_of(name)} would go back from {position} to {now}.")  # fmt: skip
+    return record

@@ -1,0 +1,124 @@
+"""Exact distinct values of a table's rows: sets of 128-bit hashes, stored as chunks beside the rows.
+
+A row holds only how many there are. Each epoch writes the new hashes of a row and column as chunks of their own, never
+the set again; a set is read back from its chunks when it is needed and not in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from streamproc.core.hash128 import U64
+from streamproc.core.limits import DISTINCT_CACHE_BYTES_MAX, DISTINCT_CHUNK_BYTES_MAX
+from streamproc.operators.contract import KeyedState
+from streamproc.operators.kernels import insert_hashes
+
+__all__ = ["DistinctSets"]
+
+_SLOTS_MIN: Final = 16
+_PART = 2
+
+
+class _HashSet:
+    """Open addressing over rows of (hi, lo); at most half full."""
+
+    __slots__ = ("_held", "table")
+
+    def __init__(self) -> None:
+        self.table = np.zeros((_SLOTS_MIN, 2), np.uint64)
+        self._held = 0
+
+    def add(self, ids: U64) -> U64:
+        """The ones that were not there yet."""
+        if 2 * (self._held + len(ids)) > len(self.table):
+            self._grow(self._held + len(ids))
+        fresh = np.empty(len(ids), np.bool_)
+        self._held += insert_hashes(self.table, ids, fresh)
+        return ids[fresh]
+
+    def _grow(self, held: int) -> None:
+        old = self.table[self.table.any(axis=1)]
+        self.table = np.zeros((1 << (2 * held - 1).bit_length(), 2), np.uint64)
+        insert_hashes(self.table, old, np.empty(len(old), np.bool_))
+
+
+class DistinctSets:
+    """The sets of one table in one task. A set is named by its chunks' common prefix.
+
+    Sets in memory are bounded by ``cache_bytes_max``: the one used longest ago goes first, and only the one in use may be
+    larger than that alone.
+    """
+
+    def __init__(self, state: KeyedState, cache_bytes_max: int = DISTINCT_CACHE_BYTES_MAX) -> None:
+        self._state = state
+        self._bytes_max = cache_bytes_max
+        self._sets: dict[bytes, _HashSet] = {}
+        self._pending: dict[bytes, list[U64]] = {}
+        self._bytes = 0
+        self._written: dict[bytes, int] = {}
+        self._epoch = 0
+
+    @property
+    def pending_bytes(self) -> int:
+        """New hashes that no `flush` has written yet."""
+        return 16 * sum(len(ids) for pieces in self._pending.values() for ids in pieces)
+
+    @property
+    def cached_bytes(self) -> int:
+        return self._bytes
+
+    def add(self, prefix: bytes, ids: bytes) -> int:
+        """Add hashes (hi, lo, little-endian) to a set; return how many were new."""
+        held = self._take(prefix)
+        fresh = held.add(np.frombuffer(ids, "<u8").astype(np.uint64).reshape(-1, 2))
+        if len(fresh):
+            self._pending.setdefault(prefix, []).append(fresh)
+        self._keep(prefix, held)
+        return len(fresh)
+
+    def flush(self, epoch: int) -> None:
+        """Write what is new as chunks of ``epoch``."""
+        if epoch != self._epoch:
+            self._epoch, self._written = epoch, {}
+        for prefix, pieces in self._pending.items():
+            data = np.concatenate(pieces).astype("<u8").tobytes()
+            for start in range(0, len(data), DISTINCT_CHUNK_BYTES_MAX):
+                part = self._written.get(prefix, 0)
+                self._written[prefix] = part + 1
+                key = prefix + epoch.to_bytes(8, "big") + part.to_bytes(_PART, "big")
+                self._state.put(key, data[start : start + DISTINCT_CHUNK_BYTES_MAX])
+        self._pending.clear()
+
+    def forget(self, window: bytes) -> None:
+        """Nothing will be added to the sets of this window any more."""
+        for prefix in [prefix for prefix in self._sets if prefix.startswith(window)]:
+            self._bytes -= self._sets.pop(prefix).table.nbytes
+
+    def abort(self) -> None:
+        """Back to what the state holds."""
+        self._sets.clear()
+        self._pending.clear()
+        self._written.clear()
+        self._bytes = 0
+
+    def _take(self, prefix: bytes) -> _HashSet:
+        held = self._sets.pop(prefix, None)
+        if held is not None:
+            self._bytes -= held.table.nbytes
+            return held
+        held = _HashSet()
+        for _, chunk in self._state.scan(prefix, prefix + b"\xff" * 11):
+            held.add(np.frombuffer(chunk, "<u8").astype(np.uint64).reshape(-1, 2))
+        for ids in self._pending.get(prefix, ()):
+            held.add(ids)
+        return held
+
+    def _keep(self, prefix: bytes, held: _HashSet) -> None:
+        """The latest used comes last; the first go while there are too many bytes."""
+        self._sets[prefix] = held
+        self._bytes += held.table.nbytes
+        while self._bytes > self._bytes_max and len(self._sets) > 1:
+            oldest = next(iter(self._sets))
+            self._bytes -= self._sets.pop(oldest).table.nbytes

@@ -1,0 +1,295 @@
+"""The worker's heart inside Faust: which tasks it holds, what they are fed, and what happens when one cannot go on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from faust.types import TP
+from mode import Service
+
+from streamproc.core import limits
+from streamproc.core.clock import Clock
+from streamproc.core.errors import BrokerUnavailable, UserError, WorkerFailure
+from streamproc.core.types import Offset, TaskId, TopicPartition
+from streamproc.runtime.ownerwork import OwnerWork
+from streamproc.runtime.sourcework import SourceWork
+from streamproc.runtime.task import Task, TaskEnvironment
+from streamproc.runtime.topology import Group, internal_topics
+from streamproc.transport.contract import Fetcher, GroupListener, Membership, TopicSpec, Transport
+
+if TYPE_CHECKING:
+    from streamproc.app import App
+
+__all__ = ["Runtime"]
+
+logger = logging.getLogger(__name__)
+
+
+class Runtime(Service):
+    """Tasks, pumps and timers of one worker."""
+
+    def __init__(self, app: App, clock: Clock, **options: Any) -> None:
+        super().__init__(**options)
+        self.app, self.clock = app, clock
+        self.ready = asyncio.Event()
+        self.groups: dict[str, Group] = {}
+        self.tasks: dict[TaskId, Task] = {}
+        self.generation = -1
+        self._transport: Transport | None = None
+        self._membership: Membership | None = None
+        self._fetchers: dict[str, Fetcher] = {}
+        self._partitions: dict[str, int] = {}
+        self._without_key: dict[str, int] = {}
+        self._runs: dict[TaskId, asyncio.Task[None]] = {}
+        self._background: set[asyncio.Task[Any]] = set()
+
+    # ---- the transport, shared with Faust's producer
+
+    @property
+    def transport(self) -> Transport:
+        if self._transport is None:
+            raise UserError("The app has not been started.", remedy="Run it with `faust -A MODULE worker`.")
+        return self._transport
+
+    async def open_transport(self) -> None:
+        if self._transport is None:
+            transport = self.app.make_transport()
+            try:
+                await transport.start()
+            except (WorkerFailure, BrokerUnavailable) as failure:
+                await self.app.crash(failure)
+                raise
+            self._transport = transport
+
+    async def close_transport(self) -> None:
+        if self._transport is not None:
+            await self._transport.stop()
+            self._transport = None
+
+    async def partition_count(self, topic: str) -> int:
+        if topic not in self._partitions:
+            count = await self.transport.partitions(topic)
+            if count is None:
+                raise UserError(f"Topic {topic} does not exist.", remedy=_how_to_create(topic))
+            self._partitions[topic] = count
+        return self._partitions[topic]
+
+    def known_partitions(self, topic: str) -> int:
+        return self._partitions.get(topic, self.app.conf.topic_partitions)
+
+    def next_partition(self, topic: str) -> int:
+        """Round robin, for records without a key."""
+        self._without_key[topic] = number = self._without_key.get(topic, -1) + 1
+        return number
+
+    # ---- membership
+
+    async def subscribe(self, topics: set[str]) -> None:
+        """Faust's conductor has gathered its own topics; ours are added and the group is joined."""
+        if self._membership is not None:
+            return
+        try:
+            await self._prepare()
+            ours = {topic for group in self.groups.values() for topic in group.plan.sources}
+            self._membership = self.transport.membership(self.app.conf.id)
+            self._spawn(self._watch_membership(self._membership))
+            listener = GroupListener(self._on_revoked, self._on_assigned)
+            await self._membership.start(ours | topics, listener)
+        except (WorkerFailure, BrokerUnavailable) as failure:
+            await self.app.crash(failure)
+
+    async def _prepare(self) -> None:
+        """Check every topic and plan, make the internal topics, before the group is joined."""
+        for spec in self.app.declared_topics():
+            await self._require_topic(spec)
+        groups = self.app.build_groups(self._partitions)
+        await self.transport.create_topics(internal_topics(groups))
+        self.groups = {group.plan.name: group for group in groups}
+        for name in self.groups:
+            self._fetchers[name] = fetcher = self.transport.fetcher()
+            self._spawn(self._pump(name, fetcher))
+
+    async def _require_topic(self, spec: TopicSpec) -> None:
+        if spec.partitions:
+            await self.transport.create_topics([spec])
+        count = await self.transport.partitions(spec.name)
+        if count is None:
+            raise UserError(f"Topic {spec.name} does not exist.", remedy=_how_to_create(spec.name))
+        self._partitions[spec.name] = count
+
+    async def _watch_membership(self, membership: Membership) -> None:
+        await self.app.crash(await membership.failed())
+
+    def assignment(self) -> frozenset[TopicPartition]:
+        return self._membership.assignment() if self._membership is not None else frozenset()
+
+    def _member(self) -> Membership:
+        assert self._membership is not None
+        return self._membership
+
+    async def _on_revoked(self, revoked: Collection[TopicPartition]) -> None:
+        """Ours first: barrier, commit, close. Then Faust's signals."""
+        self.app.on_rebalance_start()
+        await self.close_tasks()
+        await self.app.consumer.call_revoked({TP(*tp) for tp in revoked})
+
+    async def _on_assigned(self, assigned: Collection[TopicPartition], generation: int) -> None:
+        """Faust's first. Tasks start in the background: a restore may take longer than a rebalance may."""
+        self.generation = generation
+        self.app.consumer_generation_id = generation
+        await self.close_tasks()
+        await self.app.consumer.call_assigned({TP(*tp) for tp in assigned}, generation)
+        self.app.on_rebalance_return()
+        self._start_tasks(assigned)
+        self._spawn(self._announce(list(self.tasks.values())))
+
+    def _start_tasks(self, assigned: Collection[TopicPartition]) -> None:
+        held = set(assigned)
+        for name, group in self.groups.items():
+            env = TaskEnvironment(
+                group.plan, self.transport, self._member, self._fetchers[name], self.clock, self.app.open_store,
+                self.app.state_folder, group.make_work, self.app.conf.id,
+            )  # fmt: skip
+            for partition in range(group.plan.partitions):
+                sources = {TopicPartition(topic, partition) for topic in group.plan.sources}
+                if sources <= held:
+                    task_id = TaskId(name, partition)
+                    self.tasks[task_id] = task = Task(task_id, env)
+                    self._runs[task_id] = asyncio.create_task(task.run(), name=f"task {task_id}")
+                    self._runs[task_id].add_done_callback(self._ended)
+                elif sources & held:
+                    logger.error("task %s:%d is not started: not all of %s are on this worker", name, partition, sources)
+
+    async def _announce(self, tasks: Collection[Task]) -> None:
+        """What Faust's recovery would have said."""
+        for task in tasks:
+            await task.restored.wait()
+        if not self.ready.is_set():
+            await self.app.on_rebalance_complete.send()
+            self.app.flow_control.resume()
+            self.app.tables.on_actives_ready()
+            self.app.tables.on_standbys_ready()
+        self.app.on_rebalance_end()
+        self.ready.set()
+
+    def _ended(self, run: asyncio.Task[None]) -> None:
+        if not run.cancelled() and (failure := run.exception()) is not None:
+            self._spawn(self.app.crash(failure))
+
+    async def close_tasks(self) -> None:
+        """Barrier, commit and close all of them within the budget; what does not fit is aborted and redone elsewhere."""
+        runs = list(self._runs.values())
+        for task in self.tasks.values():
+            task.close()
+        if runs:
+            _, late = await asyncio.wait(runs, timeout=limits.REVOKE_S)
+            for run in late:
+                run.cancel()
+            if late:
+                logger.warning("%d tasks did not close in time; their open epochs are redone", len(late))
+                await asyncio.wait(late)
+        self.tasks.clear()
+        self._runs.clear()
+
+    # ---- feeding and timing
+
+    async def _pump(self, name: str, fetcher: Fetcher) -> None:
+        while True:
+            try:
+                batch = await fetcher.get()
+            except BrokerUnavailable as outage:
+                logger.warning("group %s cannot fetch: %s", name, outage)
+                await self.clock.sleep(limits.RETRY_BACKOFF_S_MAX)
+                continue
+            except WorkerFailure as failure:
+                await self.app.crash(failure)
+                return
+            task = self.tasks.get(TaskId(name, batch.tp.partition))
+            if task is not None:
+                task.offer(batch)
+            await asyncio.sleep(0)
+
+    @Service.task
+    async def _commit_timer(self) -> None:
+        while not self.should_stop:
+            await self.clock.sleep(self.app.commit_interval_s)
+            self.commit_now()
+
+    @Service.task
+    async def _idle_timer(self) -> None:
+        while not self.should_stop:
+            await self.clock.sleep(limits.TICK_S)
+            now_ms = round(self.clock.monotonic_s() * 1000)
+            for task in list(self.tasks.values()):
+                task.tick(now_ms)
+
+    @Service.task
+    async def _trim_timer(self) -> None:
+        """Repartition topics are read once; what is committed behind them may go."""
+        while not self.should_stop:
+            await self.clock.sleep(limits.TRIM_INTERVAL_S)
+            before: dict[TopicPartition, Offset] = {}
+            for task in self.tasks.values():
+                if isinstance(task.work, OwnerWork) and task.record is not None:
+                    at = task.committed_position(task.work.tp)
+                    if at:
+                        before[task.work.tp] = at
+            try:
+                if before:
+                    await self.transport.delete_records(before)
+            except BrokerUnavailable as outage:
+                logger.warning("repartition topics were not trimmed: %s", outage)
+
+    def commit_now(self) -> None:
+        for task in list(self.tasks.values()):
+            task.commit_due()
+
+    # ---- asked from outside
+
+    def committed(self, table: str, key: Any, default: Any = None) -> Any:
+        """The committed value of an `app.Table` key held by a task of this worker."""
+        for task in self.tasks.values():
+            overlay = task.overlay(table)
+            if overlay is not None:
+                found = overlay.committed(key)
+                if found is not None:
+                    return found
+        return default
+
+    def finished(self) -> bool:
+        """Every bounded input is at its end, every window final, everything committed and in its sinks."""
+        tasks = list(self.tasks.values())
+        return bool(tasks) and all(task.finished() for task in tasks)
+
+    def counts(self) -> dict[str, int]:
+        """Records taken in and committed, by pipeline."""
+        found: dict[str, int] = {}
+        for task in self.tasks.values():
+            if isinstance(task.work, SourceWork):
+                name = task.work.plan.name
+                found[name] = found.get(name, 0) + task.work.counters.records
+        return found
+
+    async def on_stop(self) -> None:
+        if self._membership is not None:
+            await self._membership.stop()
+        await self.close_tasks()
+        for running in list(self._background):
+            running.cancel()
+        for fetcher in self._fetchers.values():
+            await fetcher.close()
+
+    def _spawn(self, coroutine: Any) -> None:
+        running = asyncio.ensure_future(coroutine)
+        self._background.add(running)
+        running.add_done_callback(self._background.discard)
+
+
+def _how_to_create(topic: str) -> str:
+    return (
+        f'Give it partitions in the code, app.topic("{topic}", partitions=4, …), or create it: '
+        f"kafka-topics.sh --create --topic {topic} --partitions 4."
+    )

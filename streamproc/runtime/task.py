@@ -1,0 +1,336 @@
+"""A task's life: started behind its fence, working, committing, and started anew whenever an epoch could not commit.
+
+            ┌────────────── TaskFailure, Retryable: back off ──────────────┐
+            ▼                                                              │
+    NEW ─▶ STARTING ─▶ CLAIMING ─▶ RUNNING ◀─▶ HELD (a sink's queue is full)
+            │             │           │         │
+            └─────────────┴───────────┴─────────┴──▶ CLOSED (revoked, stopped, or a WorkerFailure)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from streamproc.commit.record import CommitRecord, tp_name
+from streamproc.core import limits
+from streamproc.core.batch import RawBatch
+from streamproc.core.clock import Clock
+from streamproc.core.errors import BarrierTimeout, ProduceRefused, Retryable, TaskFailure, UserError, invariant
+from streamproc.core.types import Offset, TaskId, TopicPartition
+from streamproc.runtime.epoch import Committed, EpochParts, commit
+from streamproc.runtime.sinkfeed import SinkFeed, open_feeds
+from streamproc.runtime.start import GroupPlan, Opened, StartParts, open_task
+from streamproc.runtime.work import AgentFailed, Work
+from streamproc.state.contract import Store
+from streamproc.state.restore import RestoreProgress
+from streamproc.transport.contract import Fetcher, Membership, Transport
+
+__all__ = ["Phase", "Task", "TaskEnvironment"]
+
+logger = logging.getLogger(__name__)
+
+
+class Phase(Enum):
+    """Where a task is in its life."""
+
+    NEW = "new"
+    STARTING = "starting"
+    CLAIMING = "claiming"
+    RUNNING = "running"
+    HELD = "held"
+    CLOSED = "closed"
+
+
+ALLOWED: dict[Phase, frozenset[Phase]] = {
+    Phase.NEW: frozenset({Phase.STARTING, Phase.CLOSED}),
+    Phase.STARTING: frozenset({Phase.STARTING, Phase.CLAIMING, Phase.CLOSED}),
+    Phase.CLAIMING: frozenset({Phase.RUNNING, Phase.STARTING, Phase.CLOSED}),
+    Phase.RUNNING: frozenset({Phase.HELD, Phase.STARTING, Phase.CLOSED}),
+    Phase.HELD: frozenset({Phase.RUNNING, Phase.STARTING, Phase.CLOSED}),
+    Phase.CLOSED: frozenset(),
+}
+
+
+@dataclass(frozen=True)
+class TaskEnvironment:
+    """What all tasks of a group share in one worker."""
+
+    group: GroupPlan
+    transport: Transport
+    membership: Callable[[], Membership]
+    fetcher: Fetcher
+    clock: Clock
+    open_store: Callable[[Path], Store]
+    folder: Path
+    make_work: Callable[[int], Work]
+    consumer_group: str
+
+
+@dataclass
+class TaskView:
+    """What the web view and the log show of a task; committed facts only, but for ``problem``."""
+
+    restore: RestoreProgress | None = None
+    committed_ms: int | None = None
+    commits: int = 0
+    restarts: int = 0
+    problem: str | None = None
+    """Why the task does not run, in words; None while it does."""
+    lag: dict[str, int | None] = field(default_factory=dict)
+
+
+class Task:
+    """One task in one worker. `run` is its whole life; everything else is called from the worker's same loop."""
+
+    def __init__(self, task: TaskId, env: TaskEnvironment) -> None:
+        self.id, self.env, self.view = task, env, TaskView()
+        self.phase = Phase.NEW
+        self.record: CommitRecord | None = None
+        self.work: Work | None = None
+        self.store: Store | None = None
+        self.feeds: list[SinkFeed] = []
+        self._parts: EpochParts | None = None
+        self._inbox: deque[RawBatch] = deque()
+        self._inbox_bytes = 0
+        self._paused: dict[TopicPartition, Offset] = {}
+        self._wake = asyncio.Event()
+        self._due = self._closing = False
+        self._failures = 0
+        self.restored = asyncio.Event()
+        """Set once the first start has its state; a task that cannot start sets it too, so that nobody waits for it."""
+
+    # ---- called by the runtime
+
+    def overlay(self, table: str) -> Any:
+        """The overlay of one of its tables while the task is started, else None."""
+        return self._parts.overlays.get(table) if self._parts is not None else None
+
+    def committed_position(self, tp: TopicPartition) -> Offset | None:
+        """The least committed position of ``tp`` over the agents that read it."""
+        name = tp_name(tp)
+        at = [of[name] for of in self.record.positions.values() if name in of] if self.record is not None else []
+        return Offset(min(at)) if at else None
+
+    def finished(self) -> bool:
+        """Its input is at its end, and everything is committed and in its sinks."""
+        work = self.work
+        return (
+            self.phase is Phase.RUNNING
+            and work is not None
+            and not self._inbox
+            and work.finished
+            and not work.dirty
+            and all(feed.idle for feed in self.feeds)
+        )
+
+    def offer(self, batch: RawBatch) -> None:
+        """A batch from the fetcher. Over its byte limit the source is paused until the task has caught up."""
+        if self.phase not in (Phase.RUNNING, Phase.HELD):
+            return
+        self._inbox.append(batch)
+        self._inbox_bytes += batch.buffer.nbytes
+        if self._inbox_bytes > limits.TASK_INBOX_BYTES_MAX:
+            self._paused[batch.tp] = batch.next_position
+            self.env.fetcher.pause(batch.tp)
+        self._wake.set()
+
+    def commit_due(self) -> None:
+        """The commit interval is over."""
+        self._due = True
+        self._wake.set()
+
+    def tick(self, monotonic_ms: int) -> None:
+        """Processing time has gone on."""
+        if self.phase is Phase.RUNNING and self.work is not None and not self._inbox:
+            self.work.tick(monotonic_ms, self.env.fetcher.at_end)
+
+    def close(self) -> None:
+        """Commit what is done and end; `run` returns when it is over."""
+        self._closing = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Raises `WorkerFailure` only; task failures and outages start the task anew, with back-off."""
+        try:
+            while not self._closing:
+                try:
+                    await self._start()
+                    await self._serve()
+                except (TaskFailure, Retryable, OSError) as failure:
+                    self._failures += 1
+                    self.view.restarts += 1
+                    self.view.problem = str(failure)
+                    self._give_up_if_hopeless(failure)
+                    if isinstance(failure, ProduceRefused) and self.work is not None:
+                        self.work.refused(str(failure))
+                    logger.warning("task %s starts anew: %s", self.id, failure)
+                    await self._release()
+                    self._set(Phase.STARTING)
+                    await self._back_off()
+        finally:
+            await self._release()
+            self._set(Phase.CLOSED)
+            self.restored.set()
+
+    # ---- its life
+
+    async def _start(self) -> None:
+        self._set(Phase.STARTING)
+        env = self.env
+        producer = env.transport.producer(f"{env.group.app_id}:{env.group.name}:{self.id.partition}")
+        opened = await open_task(
+            StartParts(self.id, env.group, env.transport, env.membership(), producer, env.clock, env.open_store,
+                       env.folder / f"{env.group.name}-{self.id.partition}", self._restoring)
+        )  # fmt: skip
+        self.store, self.record = opened.store, opened.record
+        overlays = {table.name: table.overlay(opened.store) for table in env.group.tables}
+        self.work = env.make_work(self.id.partition)
+        self._parts = EpochParts(
+            self.id, env.consumer_group, TopicPartition(env.group.commits_topic, self.id.partition), self.work,
+            env.group.tables, overlays, opened.store, producer, env.clock, opened.applied,
+        )  # fmt: skip
+        self._open_work()
+        await self._first_commit(opened)
+        self._set(Phase.CLAIMING)
+        self.restored.set()
+        # 5. Claim the sinks' ledgers with the new incarnation and catch them up.
+        self.feeds = await open_feeds(self, self._wake, self._say)
+        # 6. Seek each source to the commit record's positions, check the generation again, resume.
+        if not await env.membership().confirm():
+            raise TaskFailure(f"Task {self.id} was moved while it started.")
+        self.view.problem = None
+        self._set(Phase.RUNNING)
+        self._resume()
+
+    async def _first_commit(self, opened: Opened) -> None:
+        """Each start commits its incarnation before it claims anything: two starts never share one."""
+        assert self._parts is not None
+        done = await commit(self._parts, opened.record, starting=True)
+        self._note(done)
+
+    def _open_work(self) -> None:
+        assert self.work is not None
+        assert self._parts is not None
+        assert self.record is not None
+        self.work.open(self.record, self._parts.overlays)
+        self.work.wake = self._wake.set
+
+    def _resume(self) -> None:
+        """Fetch from the work's positions; batches fetched before are forgotten."""
+        assert self.work is not None
+        self._inbox.clear()
+        self._paused.clear()
+        self._inbox_bytes = 0
+        for tp, position in self.work.resume_at().items():
+            self.env.fetcher.resume(tp, position)
+
+    async def _serve(self) -> None:
+        work = self.work
+        assert work is not None
+        while True:
+            if self._closing:
+                with contextlib.suppress(AgentFailed):
+                    await self._commit()
+                return
+            if work.failure is not None:
+                self._abort()
+            if (problem := next((feed.failure for feed in self.feeds if feed.failure), None)) is not None:
+                raise problem
+            held = any(feed.full for feed in self.feeds)
+            self._set(Phase.HELD if held else Phase.RUNNING)
+            if work.wants_commit or work.size_bytes > limits.EPOCH_BYTES_MAX or (self._due and work.dirty):
+                try:
+                    await self._commit()
+                except AgentFailed:
+                    continue
+            self._due = False
+            if not held and self._inbox and work.ready():
+                self._process(self._inbox.popleft())
+                await asyncio.sleep(0)
+                continue
+            await self._wake.wait()
+            self._wake.clear()
+
+    def _process(self, batch: RawBatch) -> None:
+        assert self.work is not None
+        self._inbox_bytes -= batch.buffer.nbytes
+        self.work.process(batch)
+        if self._paused and self._inbox_bytes <= limits.TASK_INBOX_BYTES_MAX // 2:
+            for tp, position in self._paused.items():
+                self.env.fetcher.resume(tp, position)
+            self._paused.clear()
+
+    async def _commit(self) -> None:
+        assert self._parts is not None
+        assert self.record is not None
+        work = self._parts.work
+        if not work.dirty:
+            work.wants_commit = False
+            return
+        work.expire(min((feed.applied_epoch for feed in self.feeds), default=self.record.epoch))
+        self._note(await commit(self._parts, self.record))
+        self._failures = 0
+
+    def _note(self, done: Committed) -> None:
+        self.record = done.record
+        self.view.committed_ms = self.env.clock.now_ms()
+        self.view.commits += 1
+        for feed in self.feeds:
+            feed.offer(done)
+
+    def _abort(self) -> None:
+        """An agent failed: forget the epoch and go on from the last commit. Nothing of it was sent yet."""
+        assert self.work is not None
+        assert self._parts is not None
+        for overlay in self._parts.overlays.values():
+            overlay.drop()
+        self._open_work()
+        self._resume()
+
+    async def _release(self) -> None:
+        """Give up what this start holds; whatever was not committed is forgotten."""
+        for topic in self.env.group.sources:
+            self.env.fetcher.pause(TopicPartition(topic, self.id.partition))
+        for feed in self.feeds:
+            await feed.close()
+        self.feeds = []
+        if self.work is not None:
+            await self.work.close()
+        if self.store is not None:
+            self.store.close()
+        self.store = self.work = self._parts = None
+        self._inbox.clear()
+        self._inbox_bytes = 0
+
+    def _give_up_if_hopeless(self, failure: BaseException) -> None:
+        if isinstance(failure, ProduceRefused) and self._failures >= limits.REFUSED_EPOCHS_MAX:
+            raise UserError(
+                f"The broker refused what task {self.id} writes to {failure.topic} {self._failures} times: {failure}",
+                remedy="Raise max.message.bytes of that topic (and the broker's), or write less in one record.",
+            ) from failure
+        if isinstance(failure, BarrierTimeout) and self._failures >= limits.BARRIER_TIMEOUTS_MAX:
+            raise UserError(str(failure), remedy=f"It happened {self._failures} times; the worker stops.") from failure
+
+    async def _back_off(self) -> None:
+        pause = min(limits.RETRY_BACKOFF_S * 2 ** min(self._failures, 10), limits.TASK_RESTART_S_MAX)
+        if not self._closing:
+            await self.env.clock.sleep(pause)
+
+    def _say(self, problem: str | None) -> None:
+        self.view.problem = problem
+
+    def _restoring(self, progress: RestoreProgress) -> None:
+        self.view.restore = progress
+
+    def _set(self, phase: Phase) -> None:
+        if phase is not self.phase:
+            invariant(phase in ALLOWED[self.phase], f"Task {self.id} went from {self.phase} to {phase}.")
+            self.phase = phase
