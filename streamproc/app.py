@@ -13,9 +13,10 @@ from urllib.parse import urlsplit
 import faust
 from faust.app.base import BootStrategy as FaustBootStrategy
 
-from streamproc.avro.decode import columns_of
+from streamproc.avro.columns import dtype_of
+from streamproc.avro.encode import Encoder
 from streamproc.avro.registry import DirectoryRegistry, Registry
-from streamproc.avro.rows import Encoder, RowDecoder
+from streamproc.avro.rows import RowDecoder
 from streamproc.avro.schema import Schema, load_schema
 from streamproc.core.batch import RawBatch
 from streamproc.core.clock import Clock, SystemClock
@@ -127,9 +128,10 @@ class App(faust.App):
                 where=caller(),
             )
         title = topic.get_topic_name()
-        columns = columns_of(topic.value_schema)
+        schema = topic.value_schema
+        columns = {field.name: dtype_of(schema, field.name) for field in schema.root.fields}
         return self.declaration.pipeline(
-            name or title, topic=title, columns=columns, event_time=topic.event_time, schema=topic.value_schema
+            name or title, topic=title, columns=columns, event_time=topic.event_time, schema=schema
         )
 
     def agent(self, channel: Any = None, **options: Any) -> Any:
@@ -278,4 +280,3 @@ class _Bad:
 
     def __init__(self, row: int, reason: str) -> None:
         self.row, self.reason = row, reason
-

@@ -25,6 +25,8 @@ class Fault(IntEnum):
     UNRESOLVED = 12
     TRAILING = 13
     DEPTH = 14
+    DECIMAL = 15
+    TIME = 16
 
 
 _TEXTS = {
@@ -42,6 +44,8 @@ _TEXTS = {
     Fault.UNRESOLVED: "does not resolve: {detail}",
     Fault.TRAILING: "trailing bytes: {value}",
     Fault.DEPTH: "nested deeper than {detail}",
+    Fault.DECIMAL: "decimal of more than {detail} digits",
+    Fault.TIME: "{detail} {value} is not in the years 1 to 9999",
 }
 
 

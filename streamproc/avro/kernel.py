@@ -128,7 +128,7 @@ def _float_bits(buffer: U8, at: int) -> Any:
     word = np.uint32(0)
     for k in range(4):
         word |= np.uint32(buffer[at + k]) << np.uint32(8 * k)
-    return np.float64(word.view(np.float32)).view(np.int64)
+    return np.float64(np.uint32(word).view(np.float32)).view(np.int64)
 
 
 @compiled
@@ -180,7 +180,7 @@ def run(
                     out[column, good] = (at << 32) | value
                     valid[column, good] = True
                 at += value
-            elif op == _LONG or op == _INT:
+            elif op in (_LONG, _INT):
                 value, at = _varint(buffer, at, end)
                 if at < 0:
                     fault = -at

@@ -1,7 +1,8 @@
 """A resolved schema pair as an int program for the kernel: one compiled kernel runs every schema.
 
-A program is a table of instructions ``[op, column, a, b]`` run in the writer's order. ``column`` is where the value goes,
--1 to skip it. Unions jump into the code of a branch, arrays and maps loop between BLOCK and NEXT; nothing recurses.
+A program is a table of instructions ``[op, column, a, b]`` run in the writer's order. ``column`` is where the value
+goes, -1 to skip it. Unions jump into the code of a branch, arrays and maps loop between BLOCK and NEXT; nothing
+recurses.
 
     op      a                     b
     ------  --------------------  -----------------------------------------------------
@@ -32,7 +33,7 @@ import numpy as np
 
 from streamproc.avro.faults import Fault, describe
 from streamproc.avro.resolve import Branches, Entries, EnumNode, Fields, FixedNode, Items, Node, Refused, Scalar
-from streamproc.avro.schema import AvroType, Primitive
+from streamproc.avro.schema import AvroType
 from streamproc.core import limits
 from streamproc.core.batch import I64
 
@@ -145,7 +146,7 @@ class _Writer:
             case EnumNode():
                 self.enum(node, column)
             case FixedNode():
-                _no_decimal(node.target, column)
+                _no_decimal(node.target)
                 self.emit(Op.FIXED, node.path, column, node.size)
             case Refused():
                 self.details[self.emit(Op.REFUSE, node.path)] = (node.reason,)
@@ -163,7 +164,7 @@ class _Writer:
             a = {"double": 1, "float": 2}.get(kind, 0)
         elif "string" in (node.kind, kind):
             a = 1
-        _no_decimal(node.target, column)
+        _no_decimal(node.target)
         self.emit(_PRIMITIVE_OPS[node.kind], node.path, column, a)
 
     def enum(self, node: EnumNode, column: int) -> None:
@@ -197,7 +198,7 @@ class _Writer:
         self.ops[block][3] = len(self.ops)
 
 
-def _no_decimal(target: AvroType | None, column: int) -> None:
-    """Decimals as columns are built from the plain decoder's values."""
-    if column >= 0 and target is not None and getattr(target, "logical", None) == "decimal":
-        raise NotCompilable("a decimal column" if isinstance(target, Primitive) else "a decimal column of fixed size")
+def _no_decimal(target: AvroType | None) -> None:
+    """Whether a decimal keeps to its precision is judged by the plain decoder."""
+    if getattr(target, "logical", None) == "decimal":
+        raise NotCompilable("a decimal")

@@ -51,6 +51,7 @@ _COMPRESS_BYTES_MIN: Final = 256
 """Below it lz4's frame costs more than it saves."""
 _CODEC, _APPEND_TIME, _TRANSACTIONAL, _CONTROL = 0x07, 0x08, 0x10, 0x20
 _LZ4: Final = 3
+_SCRATCH_BYTES: Final = 2 * INTERNAL_BATCH_BYTES_MAX
 _XERIAL: Final = b"\x82SNAPPY\x00"
 _SECTION_FIELDS: Final = 7
 _COLUMNS: Final = 8
@@ -400,8 +401,8 @@ def parse(tp: TopicPartition, data: bytes, *, position: Offset, aborted: Iterabl
     """All readable records at or after ``position`` of a record set, which may end in a batch that was cut off.
 
     ``aborted`` are the fetch's aborted transactions (producer id, first offset): their records are dropped, as are
-    control batches. ``next_position`` lies behind the last whole batch, whether or not anything of it was readable.
-    Raises `CorruptBatch`.
+    control batches. ``next_position`` lies behind the last whole batch, whether or not anything of it was readable; what
+    unpacks to more than `DECOMPRESSED_BATCH_BYTES_MAX` is left for the next fetch. Raises `CorruptBatch`.
     """
     walk = _Walk(tp, data, position, aborted)
     sections = np.array(walk.sections, np.int64).reshape(-1, _SECTION_FIELDS)
@@ -422,10 +423,11 @@ class _Walk:
         self.sections: list[tuple[int, ...]] = []
         self.pieces: list[bytes | memoryview] = []
         self._size = 0
+        self._scratch = np.empty(_SCRATCH_BYTES, np.uint8)
         self._pending = sorted(aborted, key=lambda entry: entry[1], reverse=True)
         self._gone: set[int] = set()
         view, at = memoryview(data), 0
-        while (end := self._batch_end(data, at)) is not None:
+        while self._size < DECOMPRESSED_BATCH_BYTES_MAX and (end := self._batch_end(data, at)) is not None:
             self._visit(read_header(data, at), view[at:end], position)
             at = end
 
@@ -472,28 +474,27 @@ class _Walk:
         self.pieces.append(piece)
         self._size = end
 
-    def _decompress(self, head: BatchHeader, codec: int, body: memoryview) -> bytes | memoryview:
+    def _decompress(self, head: BatchHeader, codec: int, body: memoryview) -> bytes:
         into = {1: cramjam.gzip.decompress_into, 3: cramjam.lz4.decompress_into, 4: cramjam.zstd.decompress_into}
         try:
             if codec == 2:
                 return _unsnappy(bytes(body))
             if codec in into:
-                return _inflate(into[codec], bytes(body))
+                return self._inflate(into[codec], bytes(body))
         except (cramjam.DecompressionError, ValueError) as error:
             raise CorruptBatch(self.tp, head.base_offset, f"it cannot be decompressed ({error})") from error
         raise CorruptBatch(self.tp, head.base_offset, f"its compression {codec} is unknown")
 
-
-def _inflate(decompress_into: Callable[[Any, Any], int], body: bytes) -> memoryview:
-    """Into a buffer of a likely size, then of the limit: memory that is not written to costs nothing."""
-    likely = min(max(16 * len(body), 1 << 16), DECOMPRESSED_BATCH_BYTES_MAX)
-    try:
-        out = np.empty(likely, np.uint8)
-        size = decompress_into(body, out)
-    except cramjam.DecompressionError:
-        out = np.empty(DECOMPRESSED_BATCH_BYTES_MAX, np.uint8)
-        size = decompress_into(body, out)
-    return memoryview(cast(Any, out))[:size]
+    def _inflate(self, decompress_into: Callable[[Any, Any], int], body: bytes) -> bytes:
+        """Into a scratch of a likely size, then of the limit: memory that is not written to costs nothing."""
+        try:
+            size = decompress_into(body, self._scratch)
+        except cramjam.DecompressionError:
+            if len(self._scratch) == DECOMPRESSED_BATCH_BYTES_MAX:
+                raise
+            self._scratch = np.empty(DECOMPRESSED_BATCH_BYTES_MAX, np.uint8)
+            size = decompress_into(body, self._scratch)
+        return self._scratch[:size].tobytes()
 
 
 def _unsnappy(body: bytes) -> bytes:

@@ -7,16 +7,17 @@ It reads any schema, judges bytes by the specification, and is bounded: items of
 from __future__ import annotations
 
 import struct
-from typing import Any
+from decimal import Decimal
+from typing import Any, Final
 
 import numpy as np
 
 from streamproc.avro.faults import Fault, Malformed, describe
 from streamproc.avro.resolve import Branches, Entries, EnumNode, Fields, FixedNode, Items, Node, Refused, Scalar
-from streamproc.avro.schema import Fixed, Primitive, Record
+from streamproc.avro.schema import Array, AvroType, Enum, Fixed, MapOf, Primitive, Record, Union
 from streamproc.core import limits
 
-__all__ = ["Shape", "decode_record", "items_allowed"]
+__all__ = ["Shape", "decode_record", "items_allowed", "shaped"]
 
 
 class Shape:
@@ -25,23 +26,15 @@ class Shape:
     Times stay integers, records are dicts and maps lists of key and value. `rows` has another.
     """
 
-    def number(self, value: int, target: Primitive) -> Any:
+    def number(self, value: int, target: Primitive, path: str) -> Any:
         """An int or long; ``target.logical`` may make a date or time of it."""
         return value
-
-    def decimal(self, data: bytes, target: Primitive | Fixed) -> Any:
-        """The big-endian two's complement of a decimal."""
-        return data
 
     def entries(self, pairs: list[tuple[str, Any]]) -> Any:
         return [{"key": key, "value": value} for key, value in pairs]
 
     def record(self, target: Record, values: dict[str, Any]) -> Any:
         return values
-
-    def default(self, target: Record, name: str, value: Any) -> Any:
-        """A default of the reader's schema, as this shape shows it."""
-        return value
 
 
 def items_allowed(size: int) -> int:
@@ -86,7 +79,7 @@ class _Cursor:
                 return self.enum(node)
             case FixedNode():
                 data = self.take(node.size, node.path)
-                return self.decimal(data, node.target)
+                return _decimal(data, node.target, node.path)
             case Refused():
                 raise Malformed(describe(Fault.UNRESOLVED, node.path, 0, node.reason))
 
@@ -110,7 +103,7 @@ class _Cursor:
         text = _text(data, path) if node.kind == "string" or (target and target.kind == "string") else ""
         if target is None or target.kind == "string":
             return text
-        return self.decimal(data, target)
+        return _decimal(data, target, path)
 
     def integer(self, node: Scalar) -> Any:
         value = self.varint(node.path)
@@ -122,10 +115,7 @@ class _Cursor:
             return float(value)
         if node.target.kind == "float":
             return float(np.float32(np.int64(value)))
-        return self.shape.number(value, node.target)
-
-    def decimal(self, data: bytes, target: Primitive | Fixed | None) -> Any:
-        return self.shape.decimal(data, target) if target and target.logical == "decimal" else data
+        return self.shape.number(value, node.target, node.path)
 
     def enum(self, node: EnumNode) -> str | None:
         index = self.index(Fault.ENUM_INDEX, len(node.symbols), node.path)
@@ -144,7 +134,8 @@ class _Cursor:
         if node.target is None:
             return None
         for name, value in node.defaults.items():
-            values[name] = self.shape.default(node.target, name, value)
+            field = next(f for f in node.target.fields if f.name == name)
+            values[name] = shaped(self.shape, field.type, value, name)
         return self.shape.record(node.target, values)
 
     def blocks(self, path: str, read_item: Any) -> None:
@@ -194,6 +185,66 @@ class _Cursor:
             if byte < 0x80:
                 return (value >> 1) ^ -(value & 1)
             shift += 7
+
+
+def shaped(shape: Shape, type_: AvroType, value: Any, path: str) -> Any:
+    """A default of the reader's schema (`Field.default`) as ``shape`` shows decoded values."""
+    match type_:
+        case Union():
+            branch = next(b for b in type_.branches if _is_of(value, b))
+            return shaped(shape, branch, value, path)
+        case Record():
+            members = {f.name: shaped(shape, f.type, value[f.name], path) for f in type_.fields}
+            return shape.record(type_, members)
+        case Array():
+            return [shaped(shape, type_.items, v, path) for v in value]
+        case MapOf():
+            return shape.entries([(k, shaped(shape, type_.values, v, path)) for k, v in value.items()])
+        case Fixed():
+            return _decimal(value, type_, path)
+        case Primitive() if type_.kind in ("int", "long"):
+            return shape.number(value, type_, path)
+        case Primitive() if type_.kind == "bytes":
+            return _decimal(value, type_, path)
+    return value
+
+
+_VALUES: Final[dict[str, type | tuple[type, ...]]] = {
+    "null": type(None),
+    "boolean": bool,
+    "int": int,
+    "long": int,
+    "float": float,
+    "double": float,
+    "bytes": bytes,
+    "fixed": bytes,
+    "string": str,
+    "enum": str,
+    "array": list,
+    "map": dict,
+    "record": dict,
+}
+
+
+def _is_of(value: Any, type_: AvroType) -> bool:
+    """Whether a default belongs to this branch of a union."""
+    if isinstance(value, bool) and type_.kind != "boolean":
+        return False
+    if isinstance(type_, Enum) and value not in type_.symbols:
+        return False
+    if isinstance(type_, Record):
+        return isinstance(value, dict) and value.keys() == {f.name for f in type_.fields}
+    return isinstance(value, _VALUES[type_.kind])
+
+
+def _decimal(data: bytes, target: Primitive | Fixed | None, path: str) -> Any:
+    """``data``, or the decimal that its big-endian two's complement is."""
+    if target is None or target.logical != "decimal":
+        return data
+    unscaled = int.from_bytes(data, "big", signed=True)
+    if abs(unscaled) >= 10**target.precision:
+        raise Malformed(describe(Fault.DECIMAL, path, 0, target.precision))
+    return Decimal(f"{unscaled}E-{target.scale}")
 
 
 def _text(data: bytes, path: str) -> str:

@@ -67,11 +67,11 @@ READ_LANES: Final = 4
 """Connections per broker that restores share."""
 MEMBERSHIP_CHECK_S: Final = 1.0
 """How often the group client is asked whether it has failed."""
-SESSION_TIMEOUT_MS: Final = 10_000
+SESSION_TIMEOUT_S: Final = 10.0
 """A member that is not heard of for this long loses its partitions."""
-HEARTBEAT_MS: Final = 1_000
+HEARTBEAT_S: Final = 1.0
 """How soon a member hears of a rebalance."""
-REBALANCE_TIMEOUT_MS: Final = 60_000
+REBALANCE_TIMEOUT_S: Final = 60.0
 """What `on_revoked` may take; above `BARRIER_TIMEOUT_S` and `RETRY_TOTAL_S` together."""
 STORE_MEMTABLE_BYTES: Final = 8 << 20
 """RocksDB's write buffer, per task: small, so that sorted batches are merged while they are in the processor's cache."""
@@ -83,8 +83,8 @@ RESTORE_WRITE_BYTES_MAX: Final = 4 << 20
 """Changelog rows of one WriteBatch while restoring; a crash repeats at most this much."""
 CHANGELOG_RECORD_BYTES_MAX: Final = INTERNAL_BATCH_BYTES_MAX - 4_096
 """Key and value of one changelog record; the rest of a batch is its own head and the record's headers."""
-DEDUPE_BYTES_MAX: Final = 512 << 20
-"""Remembered ids of one dedupe step of one task: 13 million ids at the table's fullest."""
+DEDUPE_BYTES_MAX: Final = 1 << 30
+"""Memory for the ids that one dedupe step of one task remembers: 18 million of them; half as much again while it grows."""
 DEDUPE_CHUNK_BYTES_MAX: Final = 256 << 10
 """Ids that one row of dedupe state holds."""
 AGENT_CANCEL_S: Final = 1.0
@@ -109,3 +109,11 @@ DISTINCT_CACHE_BYTES_MAX: Final = 256 << 20
 """Sets of distinct values that one table keeps in memory per task; a set that is not there is read from the store."""
 DISTINCT_CHUNK_BYTES_MAX: Final = 256 * 1024
 """One stored chunk of a set of distinct values: a record well below `INTERNAL_BATCH_BYTES_MAX`."""
+REASONS_COUNTED_MAX: Final = 100
+"""Reasons for dead letters that a source counts one by one; a reason may hold a value, and hostile input many of them."""
+AVRO_SCHEMAS_MAX: Final = 4_096
+"""Writer schema ids that one decoder remembers, known or not; a further one is looked up for every batch."""
+COMPACT_BYTES_MIN: Final = 1 << 20
+"""A partition of the embedded log with less than this behind its last compaction is left alone at start."""
+COMPACT_AT_START_S: Final = 0.5
+"""No further partition is compacted at start once this much of the budget to the first record is gone."""

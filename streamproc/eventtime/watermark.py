@@ -41,6 +41,7 @@ class SourceClock:
     def __init__(self, spec: EventTime, state: WatermarkState | None = None) -> None:
         self._spec = spec
         self._behind_ms = spec.out_of_orderness_ms + 1
+        self._watermark = NO_WATERMARK
         self.reset(state)
 
     @property
@@ -130,6 +131,7 @@ class MinWatermark:
 
     def __init__(self, sources: int, states: Mapping[int, WatermarkState] | None = None) -> None:
         self._sources = sources
+        self._watermark = NO_WATERMARK
         self.reset(states or {})
 
     @property

@@ -16,8 +16,18 @@ from streamproc.core.batch import I64
 from streamproc.core.types import END_OF_TIME, NO_WATERMARK
 from streamproc.eventtime.spec import Tumbling
 
-__all__ = ["WindowState", "assign", "closes", "expires", "expiry_ms", "is_late", "late_mask", "state_at", "window_end",
-           "window_ends"]  # fmt: skip
+__all__ = [
+    "WindowState",
+    "assign",
+    "closes",
+    "expires",
+    "expiry_ms",
+    "is_late",
+    "late_mask",
+    "state_at",
+    "window_end",
+    "window_ends",
+]
 
 
 class WindowState(IntEnum):

@@ -1,4 +1,4 @@
-"""The task's side of a two-step aggregation: group an epoch's records, gather partial aggregates, ship them to owners."""
+"""The task's side of a two-step aggregation: group an epoch's records, gather partials of them, ship them to owners."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import polars as pl
 from streamproc.core.batch import I64
 from streamproc.core.hash128 import U64
 from streamproc.core.limits import INTERNAL_BATCH_BYTES_MAX
+from streamproc.eventtime.spec import Tumbling
 from streamproc.operators.accumulators import Accumulator, Distinct, Spans, accumulator_of, span_column
 from streamproc.operators.aggregates import check_plan
 from streamproc.operators.contract import Partial, PartialHeader
@@ -62,8 +63,8 @@ class PartialAggregator:
         return self._groups.size_bytes + sum(one.size_bytes(groups) for one in self._accumulators) if groups else 0
 
     def add(self, frame: pl.DataFrame, window_start: I64) -> None:
-        """Gather records: ``frame`` holds the group keys and the aggregates' columns (or ``__hi:NAME`` and ``__lo:NAME``
-        for one that is only counted or counted distinct); ``window_start`` has the window of each row."""
+        """Gather records: ``frame`` holds the group keys and the aggregates' columns (or ``__hi:NAME`` and
+        ``__lo:NAME`` for one that is only counted or counted distinct); ``window_start`` has each row's window."""
         if not len(frame):
             return
         gids = self._groups.of(frame, window_start)
@@ -72,8 +73,8 @@ class PartialAggregator:
             accumulator.add(gids, frame)
 
     def drain(self, source: int, sources: int, epoch: int, watermark: int, idle: bool) -> list[Partial]:
-        """What this epoch ships, from the task ``source`` of ``sources``: a `Partial` for every destination that has rows,
-        and for all destinations if the watermark or the idle flag changed since the last drain (or none is known)."""
+        """What this epoch ships, from the task ``source`` of ``sources``: a `Partial` for every destination that has
+        rows, and for all destinations if the watermark or the idle flag changed since the last drain (or none is known)."""
         changed = (watermark, idle) != self._shipped
         self._shipped = (watermark, idle)
         head = PartialHeader(FORMAT, self._plan.name, source, sources, epoch, 0, 1, watermark, idle)
@@ -137,7 +138,8 @@ class PartialAggregator:
     def _parts(self, rows: _Rows) -> list[_Rows]:
         """Cut so that each payload stays below the limit, unless one row alone is larger; at least one part."""
         ends = np.cumsum(rows.sizes)
-        parts, start = [], 0
+        parts: list[_Rows] = []
+        start = 0
         while start < len(ends) or not parts:
             room = _ROWS_BYTES_MAX + (int(ends[start - 1]) if start else 0)
             stop = max(int(np.searchsorted(ends, room, "right")), start + 1)
@@ -145,7 +147,9 @@ class PartialAggregator:
             start = stop
         return parts
 
-    def _payload(self, head: PartialHeader, part: int, parts: int, rows: _Rows, keys: list[bytes], ids: list[U64]) -> bytes:
+    def _payload(
+        self, head: PartialHeader, part: int, parts: int, rows: _Rows, keys: list[bytes], ids: list[U64]
+    ) -> bytes:
         columns: list[Column] = [
             int64_column(self._groups.window_starts[rows.owners - 1]),
             texts_column([keys[gid - 1] for gid in rows.owners.tolist()]),
@@ -171,12 +175,9 @@ def warm_up() -> None:
     """Compile or load every kernel of this module; called at start, off the way of the first record."""
     inputs: dict[str, pl.DataType] = {"i": pl.Int64(), "f": pl.Float64()}
     kinds: list[Agg] = [Agg("count"), Agg("count_distinct", "i")]
-    kinds += [Agg(kind, column) for kind in ("sum", "min", "max") for column in inputs]
-    from streamproc.eventtime.spec import Tumbling
-
-    plan = TablePlan(
-        "warm-up", {"i": pl.Int64()}, Tumbling(1), 0, 0, {str(n): agg for n, agg in enumerate(kinds)}, inputs, (), 1, "", ""
-    )  # fmt: skip
+    kinds += [Agg("sum", "i"), Agg("sum", "f"), Agg("min", "i"), Agg("max", "f")]
+    aggs = {str(n): agg for n, agg in enumerate(kinds)}
+    plan = TablePlan("warm-up", {"i": pl.Int64()}, Tumbling(1), 0, 0, aggs, inputs, (), 1, "", "")
     aggregator = PartialAggregator(plan)
     aggregator.add(pl.DataFrame({"i": [1, 2], "f": [1.0, 2.0]}), np.zeros(2, np.int64))
     aggregator.drain(0, 1, 1, 0, False)

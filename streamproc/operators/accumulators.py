@@ -144,7 +144,7 @@ class _WholeSum:
 
 
 class _FloatSum:
-    """Count, flags of what has no digits, and an exact sum: words of 32 bits, only those that some value has reached."""
+    """Count, flags of what has no digits, and an exact sum: words of 32 bits, those that some value has reached."""
 
     def __init__(self, column: str) -> None:
         self._column = column

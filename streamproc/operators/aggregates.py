@@ -1,7 +1,7 @@
 """The aggregates a user may declare, and what they mean: `count`, `sum`, `min`, `max`, `mean`, `count_distinct`.
 
-Nulls are skipped as in SQL: an aggregate that saw no value is null (counts are 0). All are exact and do not depend on the
-order of the records:
+Nulls are skipped as in SQL: an aggregate that saw no value is null (counts are 0). All are exact and do not depend on
+the order of the records:
 
 - sums of integers are kept in 128 bits; a *result* beyond int64 is an error that names the key, never a wrong number;
 - sums of floats are exact and rounded once, when read; a sum that is zero is 0.0;

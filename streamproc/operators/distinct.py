@@ -18,7 +18,9 @@ from streamproc.operators.kernels import insert_hashes
 __all__ = ["DistinctSets"]
 
 _SLOTS_MIN: Final = 16
-_PART = 2
+_SET_BYTES: Final = 400
+"""What a set takes besides its table: Python objects and its name."""
+_PART_BYTES: Final = 2
 
 
 class _HashSet:
@@ -29,6 +31,10 @@ class _HashSet:
     def __init__(self) -> None:
         self.table = np.zeros((_SLOTS_MIN, 2), np.uint64)
         self._held = 0
+
+    @property
+    def size_bytes(self) -> int:
+        return self.table.nbytes + _SET_BYTES
 
     def add(self, ids: U64) -> U64:
         """The ones that were not there yet."""
@@ -47,8 +53,8 @@ class _HashSet:
 class DistinctSets:
     """The sets of one table in one task. A set is named by its chunks' common prefix.
 
-    Sets in memory are bounded by ``cache_bytes_max``: the one used longest ago goes first, and only the one in use may be
-    larger than that alone.
+    Sets in memory are bounded by ``cache_bytes_max``: the one used longest ago goes first, and only the one in use may
+    be larger than that alone.
     """
 
     def __init__(self, state: KeyedState, cache_bytes_max: int = DISTINCT_CACHE_BYTES_MAX) -> None:
@@ -69,9 +75,10 @@ class DistinctSets:
     def cached_bytes(self) -> int:
         return self._bytes
 
-    def add(self, prefix: bytes, ids: bytes) -> int:
-        """Add hashes (hi, lo, little-endian) to a set; return how many were new."""
-        held = self._take(prefix)
+    def add(self, prefix: bytes, ids: bytes, *, empty: bool) -> int:
+        """Add hashes (hi, lo, little-endian) to a set; return how many were new. ``empty``: the row says that there are
+        none yet, so that nothing is looked for in the store."""
+        held = _HashSet() if empty else self._take(prefix)
         fresh = held.add(np.frombuffer(ids, "<u8").astype(np.uint64).reshape(-1, 2))
         if len(fresh):
             self._pending.setdefault(prefix, []).append(fresh)
@@ -87,14 +94,14 @@ class DistinctSets:
             for start in range(0, len(data), DISTINCT_CHUNK_BYTES_MAX):
                 part = self._written.get(prefix, 0)
                 self._written[prefix] = part + 1
-                key = prefix + epoch.to_bytes(8, "big") + part.to_bytes(_PART, "big")
+                key = prefix + epoch.to_bytes(8, "big") + part.to_bytes(_PART_BYTES, "big")
                 self._state.put(key, data[start : start + DISTINCT_CHUNK_BYTES_MAX])
         self._pending.clear()
 
     def forget(self, window: bytes) -> None:
         """Nothing will be added to the sets of this window any more."""
         for prefix in [prefix for prefix in self._sets if prefix.startswith(window)]:
-            self._bytes -= self._sets.pop(prefix).table.nbytes
+            self._bytes -= self._sets.pop(prefix).size_bytes
 
     def abort(self) -> None:
         """Back to what the state holds."""
@@ -106,7 +113,7 @@ class DistinctSets:
     def _take(self, prefix: bytes) -> _HashSet:
         held = self._sets.pop(prefix, None)
         if held is not None:
-            self._bytes -= held.table.nbytes
+            self._bytes -= held.size_bytes
             return held
         held = _HashSet()
         for _, chunk in self._state.scan(prefix, prefix + b"\xff" * 11):
@@ -118,7 +125,7 @@ class DistinctSets:
     def _keep(self, prefix: bytes, held: _HashSet) -> None:
         """The latest used comes last; the first go while there are too many bytes."""
         self._sets[prefix] = held
-        self._bytes += held.table.nbytes
+        self._bytes += held.size_bytes
         while self._bytes > self._bytes_max and len(self._sets) > 1:
             oldest = next(iter(self._sets))
-            self._bytes -= self._sets.pop(oldest).table.nbytes
+            self._bytes -= self._sets.pop(oldest).size_bytes

@@ -17,7 +17,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from streamproc.core.errors import UserError
 
-__all__ = ["DATA_ERRORS", "Mask", "RowExpr", "check", "compute", "guarded", "require_columns"]
+__all__ = ["DATA_ERRORS", "Mask", "RowExpr", "Value", "check", "evaluate", "guarded", "require_columns"]
 
 Tree: TypeAlias = Any
 """A node of the serialised expression: a string, or a dict of one entry, its kind and body."""
@@ -168,24 +168,66 @@ def require_columns(names: Iterable[str], columns: Iterable[str], *, what: str, 
             raise UserError(f"{what}: there is no column {name!r}.", remedy=hint, where=where)
 
 
-def compute(frame: pl.DataFrame, expr: pl.Expr, dtype: pl.DataType) -> tuple[pl.Series, Mask]:
-    """The value for every row, and which rows have none because they make Polars raise (their value is null).
+class Value(NamedTuple):
+    """A checked expression over one batch. Masks are None when they would be all false."""
 
-    Since the expression is row-wise, the batch can be halved until the rows at fault stand alone: about
-    2 · log2(rows) evaluations for each of them, none when there are none.
+    value: pl.Series
+    """As long as the batch; null where ``failed``."""
+    failed: Mask | None
+    """Rows whose value makes Polars raise."""
+    overflow: Mask | None
+    nan: Mask | None
+
+
+def evaluate(frame: pl.DataFrame, expressions: Sequence[RowExpr]) -> list[Value]:
+    """The expressions over ``frame`` (which has at least one column), in one pass unless a value makes Polars raise.
+
+    Then each is evaluated for itself and, since it is row-wise, the batch is halved until the rows at fault stand
+    alone: about 2 · log2(rows) evaluations for each of them.
     """
-    if not frame.height:
-        return pl.Series([], dtype=dtype), np.zeros(0, np.bool_)
+    wanted = [(expression.expr, expression.dtype) for expression in expressions]
+    for expression in expressions:
+        wanted += [(guard, pl.Boolean()) for guard in (expression.overflow, expression.nan) if guard is not None]
     try:
-        # The first column beside it makes a literal as long as the batch.
-        value = frame.select(pl.first().alias("__rows"), expr.alias("__value"))["__value"]
-        return value, np.zeros(frame.height, np.bool_)
+        columns = _select(frame, [expr for expr, _ in wanted])
+        failures: list[Mask | None] = [None] * len(columns)
     except DATA_ERRORS:
-        if frame.height == 1:
-            return pl.Series([None], dtype=dtype), np.ones(1, np.bool_)
+        halved = [_halve(frame, expr, dtype) for expr, dtype in wanted]
+        columns = [value for value, _ in halved]
+        failures = [mask if mask.any() else None for _, mask in halved]
+    guards = zip(columns[len(expressions) :], failures[len(expressions) :], strict=True)
+    found: list[Value] = []
+    for at, expression in enumerate(expressions):
+        failed, marks = failures[at], list[Mask | None]()
+        for guard in (expression.overflow, expression.nan):
+            mark, unknown = (None, None) if guard is None else next(guards)
+            marks.append(None if mark is None else _true(mark))
+            # What cannot be vouched for has no value.
+            failed = unknown if failed is None else failed if unknown is None else failed | unknown
+        found.append(Value(columns[at], failed, *marks))
+    return found
+
+
+def _select(frame: pl.DataFrame, exprs: Sequence[pl.Expr]) -> list[pl.Series]:
+    # The first column beside them makes a literal as long as the batch.
+    named = [expr.alias(f"__{at}") for at, expr in enumerate(exprs)]
+    return frame.select(pl.first().alias("__rows"), *named).get_columns()[1:]
+
+
+def _halve(frame: pl.DataFrame, expr: pl.Expr, dtype: pl.DataType) -> tuple[pl.Series, Mask]:
+    try:
+        return _select(frame, [expr])[0], np.zeros(frame.height, np.bool_)
+    except DATA_ERRORS:
+        if frame.height < 2:
+            return pl.Series([None] * frame.height, dtype=dtype), np.ones(frame.height, np.bool_)
     half = frame.height // 2
-    left, right = compute(frame[:half], expr, dtype), compute(frame[half:], expr, dtype)
+    left, right = _halve(frame[:half], expr, dtype), _halve(frame[half:], expr, dtype)
     return pl.concat([left[0], right[0]]), np.concatenate([left[1], right[1]])
+
+
+def _true(guard: pl.Series) -> Mask | None:
+    mask: Mask = guard.fill_null(False).to_numpy()
+    return mask if mask.any() else None
 
 
 def guarded(checked: RowExpr) -> pl.Expr:
@@ -284,14 +326,15 @@ def _instead(name: str) -> str:
 
 # --- the guards -------------------------------------------------------------------------------------------------------
 
+_SIDES: Final = ("left", "right")
 _Own: TypeAlias = Callable[[Tree, pl.DataFrame], pl.Expr | None]
 
 
 def _taint(node: Tree, nothing: pl.DataFrame, own: _Own) -> pl.Expr | None:
     """True where ``own`` holds for this node or for one whose value reaches it."""
     kind, body = _open(node)
-    if kind == "Function" and body["function"] in ({"Boolean": "IsNan"}, {"Boolean": "IsNotNan"}):
-        return None if own is _own_nan else _taint(body["input"][0], nothing, own)
+    if own is _own_nan and _asks_for_nan(kind, body):
+        return None
     parts = [_taint(child, nothing, own) for child in _children(node)]
     if kind == "Ternary" and (parts[1] is not None or parts[2] is not None):
         no = pl.lit(False)
@@ -305,6 +348,17 @@ def _taint(node: Tree, nothing: pl.DataFrame, own: _Own) -> pl.Expr | None:
         parts = [None if part is None else part & other for part, other in zip(parts, free, strict=True)] + [both]
     found = [part for part in (*parts, own(node, nothing)) if part is not None]
     return pl.any_horizontal(found) if found else None
+
+
+def _asks_for_nan(kind: str, body: Tree) -> bool:
+    """``is_nan``, ``is_not_nan``, and the test inside ``fill_nan``: the user knows of NaN and says what it means."""
+    if kind == "Function":
+        return body["function"] in ({"Boolean": "IsNan"}, {"Boolean": "IsNotNan"})
+    if kind != "BinaryExpr" or body["op"] != "Or" or not all(_open(body[side])[0] == "Function" for side in _SIDES):
+        return False
+    left, right = (body[side]["Function"] for side in _SIDES)
+    tests = (left["function"], right["function"])
+    return tests == ({"Boolean": "IsNotNan"}, {"Boolean": "IsNull"}) and left["input"] == right["input"]
 
 
 def _own_nan(node: Tree, nothing: pl.DataFrame) -> pl.Expr | None:
@@ -321,7 +375,7 @@ def _own_overflow(node: Tree, nothing: pl.DataFrame) -> pl.Expr | None:
     if kind == "BinaryExpr" and body["op"] in _EXACT:
         operands, exact = [body["left"], body["right"]], _EXACT[body["op"]]
     elif kind == "Function" and body["function"] in ("Negate", "Abs"):
-        operands, exact = body["input"], operator.neg if body["function"] == "Negate" else operator.abs
+        operands, exact = body["input"], _minus if body["function"] == "Negate" else operator.abs
     elif kind == "Function" and _open(body["function"])[0] == "SumHorizontal":
         operands, exact = body["input"], lambda *terms: pl.sum_horizontal(terms)
     elif kind == "Function" and body["function"] == {"Pow": "Generic"}:
@@ -338,6 +392,10 @@ def _own_overflow(node: Tree, nothing: pl.DataFrame) -> pl.Expr | None:
     *wide, result = (_wide(expr, dtype, scaled) for expr, dtype in zip((*exprs, _expr(node)), dtypes, strict=True))
     off = (exact(*wide) - result).abs()
     return (off >= _tick_ns(dtypes[-1]) if scaled else off > 0).fill_null(False)
+
+
+def _minus(number: pl.Expr) -> pl.Expr:
+    return 0 - number  # Polars has no negation in 128 bits
 
 
 def _power_overflow(node: Tree, operands: Sequence[Tree], nothing: pl.DataFrame) -> pl.Expr | None:
@@ -375,23 +433,22 @@ def _types(node: Tree, nothing: pl.DataFrame) -> Iterable[pl.DataType]:
 def _try_on_samples(
     checked: RowExpr, columns: Mapping[str, pl.DataType], what: str, where: str | None, total: bool
 ) -> None:
-    names = sorted(checked.columns)
-    frame = _samples({name: columns[name] for name in names})
-    alone = [compute(frame[row : row + 1], checked.expr, checked.dtype) for row in range(frame.height)]
+    frame = _samples({name: columns[name] for name in sorted(checked.columns)})
+    alone = [_halve(frame[row : row + 1], checked.expr, checked.dtype) for row in range(frame.height)]
     failed = np.concatenate([mask for _, mask in alone])
-    if total and failed.any():
-        row = frame.row(int(failed.argmax()), named=True)
+    if failed.all():
         raise UserError(
-            f"{what} raises for { ({name: row[name] for name in names}) }.",
+            f"{what} raises for every record.", remedy=f"Polars says: {_complaint(frame, checked)}", where=where
+        )
+    if total and failed.any():
+        row = frame.drop("__row").row(int(failed.argmax()), named=True)
+        raise UserError(
+            f"{what} raises for {row}.",
             remedy="Make it give null instead: cast(..., strict=False), or a when(...) that keeps such rows out.",
             where=where,
         )
     good = frame.filter(pl.Series(~failed))
-    if not good.height:
-        raise UserError(
-            f"{what} raises for every record.", remedy=f"Polars says: {_complaint(frame, checked)}", where=where
-        )
-    whole, broke = compute(good, checked.expr, checked.dtype)
+    whole, broke = _halve(good, checked.expr, checked.dtype)
     one_by_one = pl.concat([value for value, mask in alone if not mask[0]])
     if broke.any() or whole.dtype != one_by_one.dtype or not whole.equals(one_by_one, null_equal=True):
         raise UserError(f"{what} is not row-wise. {_NOT_ROW_WISE}", remedy=_instead(""), where=where)

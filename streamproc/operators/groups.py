@@ -28,7 +28,9 @@ class GroupIndex:
     exact. Should two keys ever share a hash, the rest of the epoch goes through a dictionary.
     """
 
-    def __init__(self, keys: Mapping[str, pl.DataType], hasher: Callable[[pl.DataFrame], pl.Series] = _hash_rows) -> None:
+    def __init__(
+        self, keys: Mapping[str, pl.DataType], hasher: Callable[[pl.DataFrame], pl.Series] = _hash_rows
+    ) -> None:
         self._schema = {**keys, WINDOW: pl.Int64()}
         self._keys = list(keys)
         self._hasher = hasher

@@ -27,8 +27,23 @@ from streamproc.core.batch import I64
 from streamproc.core.errors import invariant
 from streamproc.operators.contract import PartialHeader
 
-__all__ = ["BYTES", "FIXED", "FORMAT", "INT64", "Column", "PartialRows", "decode_group_key", "decode_partial", "encode_group_key",
-           "encode_group_keys", "encode_partial", "fixed_column", "group_key_columns", "int64_column", "texts_column"]  # fmt: skip
+__all__ = [
+    "BYTES",
+    "FIXED",
+    "FORMAT",
+    "INT64",
+    "Column",
+    "PartialRows",
+    "decode_group_key",
+    "decode_partial",
+    "encode_group_key",
+    "encode_group_keys",
+    "encode_partial",
+    "fixed_column",
+    "group_key_columns",
+    "int64_column",
+    "texts_column",
+]
 
 FORMAT: Final = 1
 INT64: Final = 0
@@ -44,8 +59,8 @@ _decode_key = msgspec.msgpack.Decoder(list[Any]).decode
 
 
 def encode_group_key(values: Iterable[object], keys: Mapping[str, pl.DataType]) -> bytes:
-    """The bytes of a group key, ``values`` in the order of ``keys``: a msgpack array of text, integers, booleans and nulls,
-    dates and times as the integers Polars keeps. Where it lives is `partition_of` of these bytes."""
+    """The bytes of a group key, ``values`` in the order of ``keys``: a msgpack array of text, integers, booleans and
+    nulls, dates and times as the integers Polars keeps. Where it lives is `partition_of` of these bytes."""
     physical = [
         pl.Series([value], dtype=dtype, strict=False).to_physical().item() if dtype.is_temporal() else value
         for value, dtype in zip(values, keys.values(), strict=True)

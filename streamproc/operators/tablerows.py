@@ -2,8 +2,8 @@
 
 Keys (one table of one task)::
 
-    window start, 8 bytes big-endian, sign bit flipped | group key                                a row
-    window start                        | 0xFF | group key | column u8 | epoch u64 | part u16     a chunk of distinct hashes
+    window start, 8 bytes big-endian, sign bit flipped | group key                    a row
+    window start | 0xFF | group key | aggregate u8 | epoch u64 | part u16             a chunk of distinct hashes
 
 A group key is a msgpack array: it never begins with 0xFF and tells its own end, so rows and chunks are told apart by
 their ninth byte, all rows of a window come before its chunks, and dropping a window is one range.
@@ -33,8 +33,21 @@ from streamproc.operators.kernels import INFINITE, NAN, NEGATIVE_INFINITE
 from streamproc.operators.partials import PartialRows, decode_group_key, encode_group_key, group_key_columns
 from streamproc.operators.plan import Agg, Filter, TablePlan
 
-__all__ = ["CHUNK", "EPOCH", "STATE", "VISIBLE", "Cell", "Row", "RowLayout", "TableRows", "is_row", "window_prefix", "window_range",
-           "window_start_of"]  # fmt: skip
+__all__ = [
+    "CHUNK",
+    "EPOCH",
+    "STATE",
+    "VISIBLE",
+    "Cell",
+    "DistinctCell",
+    "Row",
+    "RowLayout",
+    "TableRows",
+    "is_row",
+    "window_prefix",
+    "window_range",
+    "window_start_of",
+]
 
 VERSION: Final = 1
 CHUNK: Final = b"\xff"
@@ -78,7 +91,8 @@ class Cell:
 
     def load(self, rows: PartialRows, at: int) -> list[Any]:
         """A value for each row of a partial, from its columns ``at`` on."""
-        return rows.integers(at).tolist()
+        counts: list[Any] = rows.integers(at).tolist()
+        return counts
 
     def merge(self, mine: Any, theirs: Any) -> Any:
         return mine + theirs
@@ -288,7 +302,7 @@ class RowLayout:
 
 
 class TableRows:
-    """Rows as results: what sinks write and people see. Needs the plan only, no state; shared by all who read the table."""
+    """Rows as results: what sinks write and people see. Needs the plan only, no state; for all who read the table."""
 
     def __init__(self, plan: TablePlan) -> None:
         check_plan(plan)
@@ -344,8 +358,8 @@ class TableRows:
             if total is not None and not NO_WATERMARK <= total <= END_OF_TIME:
                 start, values = self.split_key(key)
                 raise UserError(
-                    f"Table {self.plan.name!r}: {name} of {values!r} in the window from {start} ms is {total}, more than "
-                    "an int64 holds.",
+                    f"Table {self.plan.name!r}: {name} of {values!r} in the window from {start} ms is {total}, more "
+                    "than an int64 holds.",
                     remedy="Sum the column as Float64: cast it in .with_columns() before the aggregation.",
                     where=self.plan.where,
                 )

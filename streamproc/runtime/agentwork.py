@@ -20,8 +20,9 @@ from streamproc.core.batch import RawBatch
 from streamproc.core.clock import Clock
 from streamproc.core.errors import BarrierTimeout, UserError, WorkerFailure
 from streamproc.core.types import Offset, TopicPartition
-from streamproc.operators.side import dead_letter
-from streamproc.runtime.work import AgentFailed, Counters, Work
+from streamproc.operators.side import side_record
+from streamproc.operators.source import Counters
+from streamproc.runtime.work import AgentFailed, Work
 from streamproc.transport.contract import OutRecord
 
 __all__ = ["CURRENT", "AgentSpec", "AgentWork", "Instance", "RowReader", "TaskStream", "Trouble"]
@@ -149,7 +150,9 @@ class Instance:
         pending = self._pending[0]
         pending.at += len(self.chunk)
         took = self.work.clock.monotonic_s() - self._began
-        self._size = min(self._size * 2, 16384) if took < 0.005 else max(self._size // 2, 1) if took > 0.02 else self._size
+        self._size = (
+            min(self._size * 2, 16384) if took < 0.005 else max(self._size // 2, 1) if took > 0.02 else self._size
+        )
         self.chunk = []
         self.it = iter(self.chunk)
         self._move(pending)
@@ -414,9 +417,9 @@ class AgentWork(Work):
         self.write_dead_letter(batch, bad.row, bad.reason, bad.schema_id)
 
     def write_dead_letter(self, batch: RawBatch, row: int, reason: str, schema_id: int | None) -> None:
-        letter = dead_letter(batch, row, self._dead_letters[batch.tp.topic], reason, schema_id)
+        letter = side_record("dead", batch, row, self._dead_letters[batch.tp.topic], reason, schema_id)
         self.send(TopicPartition(letter.topic, self.partition), OutRecord(letter.key, letter.value, letter.headers))
-        self._uncommitted.dead[reason] = self._uncommitted.dead.get(reason, 0) + 1
+        self._uncommitted.count_dead(reason)
 
     # ---- the epoch
 
@@ -431,7 +434,9 @@ class AgentWork(Work):
                 await asyncio.wait_for(self._all_idle.wait(), limits.BARRIER_TIMEOUT_S)
         except TimeoutError:
             slow = next(i for i in self._instances if not i.idle)
-            line = "; ".join(f"{f.f_code.co_filename}:{f.f_lineno}" for f in (slow.runner.get_stack() if slow.runner else []))
+            line = "; ".join(
+                f"{f.f_code.co_filename}:{f.f_lineno}" for f in (slow.runner.get_stack() if slow.runner else [])
+            )
             raise BarrierTimeout(
                 f"Agent {slow.spec.name} holds a record for more than {limits.BARRIER_TIMEOUT_S} s, at {line}: the epoch "
                 "was given up. Make the call shorter or bound it with asyncio.timeout."
@@ -462,9 +467,7 @@ class AgentWork(Work):
                 del self._trouble.suspects[key]
 
     def _fold_counters(self) -> None:
-        self._counters.records += self._uncommitted.records
-        for reason, count in self._uncommitted.dead.items():
-            self._counters.dead[reason] = self._counters.dead.get(reason, 0) + count
+        self._counters.add(self._uncommitted)
         self._uncommitted = Counters()
 
     @property

@@ -104,7 +104,7 @@ def _records(
     for table in parts.tables:
         if rows := changes[table.name]:
             target = TopicPartition(table.changelog, parts.task.partition)
-            records[target] = [changelog.record(row, record.epoch) for row in rows]
+            records[target] = [OutRecord(*changelog.record(row, record.epoch, table=table.name)) for row in rows]
     records[parts.commits] = [OutRecord(parts.task.group.encode(), commit_record.encode(record))]
     return records
 

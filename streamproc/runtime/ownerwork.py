@@ -15,8 +15,9 @@ from streamproc.eventtime.watermark import MinWatermark
 from streamproc.operators.contract import WatermarkState
 from streamproc.operators.partials import decode_partial
 from streamproc.operators.plan import TablePlan
-from streamproc.operators.windowtable import WindowTable
-from streamproc.runtime.work import Counters, Work
+from streamproc.operators.source import Counters
+from streamproc.operators.windowtable import LateAggregate, WindowTable
+from streamproc.runtime.work import Work
 from streamproc.transport.contract import OutRecord
 
 __all__ = ["OwnerWork"]
@@ -32,7 +33,7 @@ class OwnerWork(Work):
 
     def open(self, record: CommitRecord, overlays: Mapping[str, Any]) -> None:
         self._position = record.positions[self.plan.name][tp_name(self.tp)]
-        self._epoch = record.epoch + 1
+        self._sinks_epoch = 0
         states = {int(source): state for source, state in record.watermarks.get(self.plan.name, {}).items()}
         self._clock = MinWatermark(self._sources, states)
         self.table = WindowTable(self.plan, overlays[self.plan.name])
@@ -40,7 +41,6 @@ class OwnerWork(Work):
         self._late: list[OutRecord] = []
         self._records = 0
         self._counters = Counters()
-        self._due_expiry = False
 
     @property
     def watermark(self) -> int:
@@ -61,22 +61,18 @@ class OwnerWork(Work):
             header, rows = decode_partial(payload)
             invariant(header.sources == self._sources and header.table == self.plan.name,
                       f"{self.tp} holds a partial of {header.table} from {header.sources} tasks.")  # fmt: skip
-            for late in self.table.apply(header, rows, self._clock.watermark, self._epoch):
-                self._late.append(late)
-                self._counters.late[self.plan.name] = self._counters.late.get(self.plan.name, 0) + 1
+            self._late += (_late_record(late) for late in self.table.apply(header, rows, self._clock.watermark))
             if header.part == header.parts - 1:
-                before = self._clock.watermark
-                if self._clock.update(header.source, header.watermark, header.idle) != before:
-                    self.table.advance(self._clock.watermark, self._epoch)
+                self._clock.update(header.source, header.watermark, header.idle)
         self._records += len(batch)
-        self._counters.records += len(batch)
         self._position = batch.next_position
 
     def expire(self, sinks_epoch: int) -> None:
-        self.table.expire(self._clock.watermark, sinks_epoch)
+        self._sinks_epoch = sinks_epoch
 
     def collect(self, epoch: int) -> None:
-        self.table.collect(epoch)
+        self.table.advance(self._clock.watermark, epoch)
+        self.table.expire(self._clock.watermark, self._sinks_epoch)
 
     def outputs(self) -> dict[TopicPartition, list[OutRecord]]:
         return {TopicPartition(self.plan.late_topic, self.tp.partition): list(self._late)} if self._late else {}
@@ -88,9 +84,11 @@ class OwnerWork(Work):
         return {self.plan.name: {str(source): state for source, state in self._clock.states().items()}}
 
     def committed(self, record: CommitRecord) -> None:
+        self._counters.records += self._records
+        if self._late:
+            self._counters.late[self.plan.name] = self._counters.late.get(self.plan.name, 0) + len(self._late)
         self._records = 0
         self._late = []
-        self._epoch = record.epoch + 1
 
     @property
     def dirty(self) -> bool:
@@ -109,3 +107,18 @@ class OwnerWork(Work):
 
     def results(self, rows: Iterable[tuple[bytes, bytes]]) -> pl.DataFrame:
         return self.table.results(rows)
+
+
+def _late_record(late: LateAggregate) -> OutRecord:
+    """A late aggregate: the row as a partial of its own, so that it can be merged if it is sent back."""
+    headers = {
+        "sp-kind": "aggregate",
+        "sp-reason": "the window was final when the partial came",
+        "sp-table": late.table,
+        "sp-window-start": str(late.window_start),
+        "sp-window-end": str(late.window_end),
+        "sp-late-by-ms": str(late.late_by_ms),
+        "sp-partition": str(late.source),
+        "sp-epoch": str(late.epoch),
+    }
+    return OutRecord(late.keys, late.payload, tuple((name, text.encode()) for name, text in headers.items()))

@@ -18,6 +18,7 @@ from streamproc.runtime.ownerwork import OwnerWork
 from streamproc.runtime.sourcework import SourceWork
 from streamproc.runtime.task import Task, TaskEnvironment
 from streamproc.runtime.topology import Group, internal_topics
+from streamproc.state.objects import ObjectOverlay
 from streamproc.transport.contract import Fetcher, GroupListener, Membership, TopicSpec, Transport
 
 if TYPE_CHECKING:
@@ -161,7 +162,9 @@ class Runtime(Service):
                     self._runs[task_id] = asyncio.create_task(task.run(), name=f"task {task_id}")
                     self._runs[task_id].add_done_callback(self._ended)
                 elif sources & held:
-                    logger.error("task %s:%d is not started: not all of %s are on this worker", name, partition, sources)
+                    logger.error(
+                        "task %s:%d is not started: not all of %s are on this worker", name, partition, sources
+                    )
 
     async def _announce(self, tasks: Collection[Task]) -> None:
         """What Faust's recovery would have said."""
@@ -252,9 +255,8 @@ class Runtime(Service):
     def committed(self, table: str, key: Any, default: Any = None) -> Any:
         """The committed value of an `app.Table` key held by a task of this worker."""
         for task in self.tasks.values():
-            overlay = task.overlay(table)
-            if overlay is not None:
-                found = overlay.committed(key)
+            if task.store is not None and task.overlay(table) is not None:
+                found = ObjectOverlay(task.store, table).get(key)
                 if found is not None:
                     return found
         return default

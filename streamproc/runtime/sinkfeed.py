@@ -10,24 +10,23 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from streamproc.commit.ledger import CatchUp, Fenced, Rebuild, UpToDate, decide_claim
+from streamproc.commit.ledger import CatchUp, Fenced, Ledger, Rebuild, advanced, decide_claim
 from streamproc.commit.record import CommitRecord
 from streamproc.core import limits
 from streamproc.core.clock import Clock
 from streamproc.core.errors import LedgerMoved, LogLost, SinkUnavailable, StreamprocError, TaskFailure
 from streamproc.core.partitioner import partition_of
 from streamproc.core.types import Offset, TaskId, TopicPartition
-from streamproc.operators.accumulate import encode_group_key
+from streamproc.operators.partials import encode_group_key
 from streamproc.runtime.work import SinkUse, StateTable, Work
-from streamproc.sinks.contract import Ledger, SinkRows, SinkWriter
+from streamproc.sinks.contract import SinkRows, SinkWriter, TableShape
 from streamproc.sinks.feed import sink_rows
 from streamproc.state import changelog
 from streamproc.state.contract import Store
-from streamproc.state.overlay import table_prefix
+from streamproc.state.overlay import table_prefix, table_stop
 from streamproc.transport.contract import Transport
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ async def open_feeds(task: Task, wake: asyncio.Event, say: Say) -> list[SinkFeed
         for use in table.sinks:
             assert table.shape is not None
             writer = use.sink.writer(table.shape, task.env.group.app_id, task.id.partition)
-            feeds.append(SinkFeed(task.id, table, use, writer, task.work, task.env.clock))
+            feeds.append(SinkFeed(task.id, table, table.shape, use, writer, task.work, task.env.clock))
     try:
         for feed in feeds:
             await feed.claim(task.record, task.store, task.env.transport, say)
@@ -73,9 +72,17 @@ class SinkFeed:
     """See the module. `offer` and the properties are called from the task; the rest runs beside it."""
 
     def __init__(
-        self, task: TaskId, table: StateTable, use: SinkUse, writer: SinkWriter, work: Work, clock: Clock
+        self,
+        task: TaskId,
+        table: StateTable,
+        shape: TableShape,
+        use: SinkUse,
+        writer: SinkWriter,
+        work: Work,
+        clock: Clock,
     ) -> None:
-        self.task, self.table, self.use, self.writer, self.work, self.clock = task, table, use, writer, work, clock
+        self.task, self.table, self.shape, self.use = task, table, shape, use
+        self.writer, self.work, self.clock = writer, work, clock
         self.failure: StreamprocError | None = None
         self.problem: str | None = None
         """Why the sink is behind, in words; None while it is not."""
@@ -141,56 +148,64 @@ class SinkFeed:
 
     async def _claim(self, record: CommitRecord, store: Store, transport: Transport) -> None:
         found = await self.writer.read()
-        decision = decide_claim(found, log_id=record.log_id, incarnation=record.incarnation, epoch=record.epoch)
-        topic = TopicPartition(self.table.changelog, self.task.partition)
-        hint = record.changelogs.get(self.table.changelog, 0)
+        decide = partial(decide_claim, found, log_id=record.log_id, incarnation=record.incarnation, epoch=record.epoch)
+        decision = decide(expired=False)
+        if isinstance(decision, CatchUp) and await self._expired(transport, decision.hint):
+            decision = decide(expired=True)
         if isinstance(decision, Fenced):
-            raise LedgerMoved(f"Sink {self.name}: task {self.task} was claimed by a newer incarnation, {found}.")
-        claimed = Ledger(record.log_id, record.incarnation, found.epoch if found else 0, found.hint if found else 0)
-        if isinstance(decision, Rebuild):
-            claimed = msgspec.structs.replace(claimed, epoch=0, hint=0)
-        await self.writer.apply(None, held=found, moved=claimed)
-        self._held = claimed
-        moved = Ledger(record.log_id, record.incarnation, record.epoch, hint)
-        if isinstance(decision, UpToDate):
-            await self._apply(None, moved)
-        elif isinstance(decision, CatchUp):
+            raise LedgerMoved(f"Sink {self.name}: task {self.task} was claimed by incarnation {decision.incarnation}.")
+        await self.writer.apply(None, held=decision.held, moved=decision.claim)
+        self._held = decision.claim
+        if isinstance(decision, CatchUp):
             rows: Rows = {}
-            async for key, value in self._replay(transport, topic, Offset(decision.hint), decision.epoch):
+            async for key, value in self._replay(transport, decision.hint, decision.from_epoch):
                 rows[key] = value
-            await self._apply(self._sink_rows(rows), moved)
-        else:
-            await self._rebuild(store, moved)
+            await self._move(self._sink_rows(rows), record.epoch, record.changelogs.get(self.table.changelog, 0))
+        elif isinstance(decision, Rebuild):
+            logger.info("sink %s of task %s is rebuilt: %s", self.name, self.task, decision.reason)
+            await self._rebuild(store)
+            await self._move(None, record.epoch, record.changelogs.get(self.table.changelog, 0))
+
+    async def _expired(self, transport: Transport, hint: Offset) -> bool:
+        """Whether what lies behind the ledger is so old that tombstones may be gone from it."""
+        oldest_ms = self.clock.now_ms()
+        tp = TopicPartition(self.table.changelog, self.task.partition)
+        ends = (await transport.offsets([tp]))[tp]
+        async for batch in transport.read(tp, Offset(max(hint, ends.begin)), ends.stable):
+            if len(batch):
+                oldest_ms = int(batch.timestamps[0])
+                break
+        return self.clock.now_ms() - oldest_ms > limits.DELETE_RETENTION_MS
 
     async def _replay(
-        self, transport: Transport, tp: TopicPartition, hint: Offset, above: int
+        self, transport: Transport, hint: Offset, from_epoch: int
     ) -> AsyncIterator[tuple[bytes, bytes | None]]:
-        """Rows of epochs above ``above`` in log order; expired rows are none of a sink's business."""
+        """Rows of ``from_epoch`` and later in log order; expired rows are none of a sink's business."""
+        tp = TopicPartition(self.table.changelog, self.task.partition)
         ends = (await transport.offsets([tp]))[tp]
         async for batch in transport.read(tp, Offset(max(hint, ends.begin)), ends.stable):
             for row in changelog.read(batch):
-                if row.epoch > above and row.tombstone != "expire":
+                if row.epoch >= from_epoch and row.tombstone != "expire":
                     yield row.key, row.value
 
-    async def _rebuild(self, store: Store, moved: Ledger) -> None:
+    async def _rebuild(self, store: Store) -> None:
         """No ledger, or none that can be trusted: upsert all live rows, then drop what is neither live nor past."""
         prefix = table_prefix(self.table.name)
-        live = {key[len(prefix) :]: value for key, value in store.scan(prefix, _after(prefix))}
+        live: Rows = {key[len(prefix) :]: value for key, value in store.scan(prefix, table_stop(prefix))}
         rows = self._sink_rows(live)
-        assert self.table.shape is not None
-        shape = self.table.shape
-        await self._apply(rows, moved)
-        frame = self.work.results(iter(live.items()))
-        starts = frame["window_start"].to_physical()
-        identity = {(*row[:-1], start) for row, start in zip(frame.select(shape.identity).rows(), starts, strict=True)}
-        since = starts.min()
-        if since is not None:
-            assert isinstance(since, int)
-            await self.writer.prune(identity, since_ms=since, mine=self._mine, held=moved)
+        if rows is None:
+            return
+        assert self._held is not None
+        await self.writer.apply(rows, held=self._held, moved=self._held)
+        starts = rows.upserts["window_start"].to_physical()
+        keys = rows.upserts.select(list(self.shape.keys)).rows()
+        identity = {(*key, start) for key, start in zip(keys, starts, strict=True)}
+        if identity:
+            since_ms = min(start for *_, start in identity)
+            await self.writer.prune(identity, since_ms=since_ms, mine=self._mine, held=self._held)
 
     def _mine(self, keys: tuple[object, ...]) -> bool:
-        assert self.table.shape is not None
-        return partition_of(encode_group_key(keys), self.table.shape.partitions) == self.task.partition
+        return partition_of(encode_group_key(keys, self.shape.keys), self.shape.partitions) == self.task.partition
 
     # ---- while the task runs
 
@@ -202,10 +217,14 @@ class SinkFeed:
                 await self._more.wait()
             epochs = list(self._queue)
             try:
-                await self._apply(self._sink_rows(_merge(epochs, self.table)), self._ledger_after(epochs[-1]))
+                last = epochs[-1]
+                hint = last.applied.get(self.table.changelog, 0)
+                await self._move(self._sink_rows(_merge(epochs, self.table)), last.record.epoch, hint)
             except SinkUnavailable as down:
                 self.problem = str(down)
-                logger.warning("sink %s of task %s is down, %d epochs wait: %s", self.name, self.task, len(epochs), down)
+                logger.warning(
+                    "sink %s of task %s is down, %d epochs wait: %s", self.name, self.task, len(epochs), down
+                )
                 await self.clock.sleep(pause)
                 pause = min(pause * 2, limits.RETRY_BACKOFF_S_MAX)
                 self._held = await self._reread() or self._held
@@ -233,21 +252,20 @@ class SinkFeed:
             held.log_id, held.incarnation)  # fmt: skip
         return found if ours and found is not None and held is not None and found.epoch >= held.epoch else None
 
-    async def _apply(self, rows: SinkRows | None, moved: Ledger) -> None:
-        if self._held is not None and moved.epoch <= self._held.epoch and rows is None:
+    async def _move(self, rows: SinkRows | None, epoch: int, hint: int) -> None:
+        assert self._held is not None
+        if epoch == self._held.epoch:
             return
+        moved = advanced(self._held, epoch, hint)
         await self.writer.apply(rows, held=self._held, moved=moved)
         self._held = moved
-
-    def _ledger_after(self, done: Committed) -> Ledger:
-        record = done.record
-        return Ledger(record.log_id, record.incarnation, record.epoch, done.applied.get(self.table.changelog, 0))
 
     def _sink_rows(self, rows: Rows) -> SinkRows | None:
         live = [(key, value) for key, value in rows.items() if value is not None]
         if not live:
             return None
-        return sink_rows(self.work.results(live), self.use.emit)
+        frame = self.work.results(live)
+        return sink_rows(frame.drop("__epoch"), self.use.emit)
 
 
 def _merge(epochs: Iterable[Committed], table: StateTable) -> Rows:
@@ -258,9 +276,3 @@ def _merge(epochs: Iterable[Committed], table: StateTable) -> Rows:
             if change.tombstone != "expire":
                 rows[change.key] = change.value
     return rows
-
-
-def _after(prefix: bytes) -> bytes | None:
-    """The first key behind every key that begins with ``prefix``; None if there is none."""
-    trimmed = prefix.rstrip(b"\xff")
-    return trimmed[:-1] + bytes([trimmed[-1] + 1]) if trimmed else None

@@ -11,8 +11,8 @@ from streamproc.core.batch import RawBatch
 from streamproc.core.types import Offset, TopicPartition
 from streamproc.operators.contract import SideRecord, WatermarkState
 from streamproc.operators.plan import SourcePlan
-from streamproc.operators.source import Collected, SourceProgram
-from streamproc.runtime.work import Counters, Work
+from streamproc.operators.source import Collected, Counters, SourceProgram
+from streamproc.runtime.work import Work
 from streamproc.transport.contract import OutRecord
 
 __all__ = ["SourceWork", "side_record"]

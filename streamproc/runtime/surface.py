@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Awaitable, Iterator, Mapping
+from collections.abc import AsyncIterable, Awaitable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import faust
@@ -18,7 +18,7 @@ from streamproc.runtime.agentwork import CURRENT, AgentSpec, TaskStream
 from streamproc.transport.contract import OutRecord
 
 if TYPE_CHECKING:
-    from streamproc.avro.rows import Encoder
+    from streamproc.avro.encode import Encoder
     from streamproc.runtime.runtime import Runtime
 
 __all__ = ["Agent", "Table", "TableManager", "Topic"]
@@ -211,5 +211,3 @@ class Agent(agents.Agent):
                 await self._delegate_to_sinks(value)
         else:
             await result
-
-

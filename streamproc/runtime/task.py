@@ -1,10 +1,10 @@
 """A task's life: started behind its fence, working, committing, and started anew whenever an epoch could not commit.
 
-            ┌────────────── TaskFailure, Retryable: back off ──────────────┐
-            ▼                                                              │
-    NEW ─▶ STARTING ─▶ CLAIMING ─▶ RUNNING ◀─▶ HELD (a sink's queue is full)
-            │             │           │         │
-            └─────────────┴───────────┴─────────┴──▶ CLOSED (revoked, stopped, or a WorkerFailure)
+        ┌────────────── TaskFailure, Retryable: back off ──────────────┐
+        ▼                                                              │
+NEW ─▶ STARTING ─▶ CLAIMING ─▶ RUNNING ◀─▶ HELD (a sink's queue is full)
+        │             │           │         │
+        └─────────────┴───────────┴─────────┴──▶ CLOSED (revoked, stopped, or a WorkerFailure)
 """
 
 from __future__ import annotations

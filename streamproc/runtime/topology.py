@@ -14,14 +14,14 @@ from streamproc.core.errors import UserError
 from streamproc.operators.pipeline import Declaration, TableHandle
 from streamproc.operators.plan import Dedupe, Node, SourcePlan
 from streamproc.operators.source import projection
-from streamproc.operators.windowtable import result_shape
+from streamproc.operators.tablerows import TableRows
 from streamproc.runtime.agentwork import AgentSpec, AgentWork, RowReader, Trouble
 from streamproc.runtime.ownerwork import OwnerWork
 from streamproc.runtime.sourcework import SourceWork
 from streamproc.runtime.start import GroupPlan
 from streamproc.runtime.work import SinkUse, StateTable, Work
 from streamproc.sinks.contract import TableShape
-from streamproc.state.fingerprint import fingerprint_of
+from streamproc.state.fingerprint import ObjectTable, fingerprint_of
 from streamproc.state.objects import ObjectOverlay
 from streamproc.state.overlay import Overlay
 from streamproc.transport.contract import TopicSpec
@@ -67,7 +67,11 @@ def repartition_topic(app_id: str, table: str) -> str:
 
 
 def pipeline_groups(
-    plans: Iterable[SourcePlan], declaration: Declaration, registry: Registry, app_id: str, partitions: Mapping[str, int]
+    plans: Iterable[SourcePlan],
+    declaration: Declaration,
+    registry: Registry,
+    app_id: str,
+    partitions: Mapping[str, int],
 ) -> list[Group]:
     """Per pipeline a group that reads its topic; per table a group that owns it."""
     groups: list[Group] = []
@@ -97,7 +101,7 @@ def _source_group(plan: SourcePlan, registry: Registry, app_id: str, count: int)
 def _owner_group(handle: TableHandle, app_id: str, count: int) -> Group:
     plan = handle.plan
     topic = repartition_topic(app_id, plan.name)
-    keys, columns = result_shape(plan)
+    keys, columns = TableRows(plan).shape()
     shape = TableShape(plan.name, keys, columns, count)
     sinks = tuple(SinkUse(sink, emit) for sink, emit in handle.sinks)
     table = StateTable(plan.name, changelog_topic(app_id, plan.name), _overlay(plan.name), fingerprint_of(plan), shape,
@@ -118,8 +122,12 @@ def agent_group(specs: Sequence[AgentSpec], tables: Sequence[AgentTable], reader
             where=specs[0].where,
         )
     state = tuple(
-        StateTable(table.name, changelog_topic(app_id, table.name), _object_overlay(table),
-                   {"kind": "agent table", "format": 1})  # fmt: skip
+        StateTable(
+            table.name,
+            changelog_topic(app_id, table.name),
+            _object_overlay(table),
+            fingerprint_of(ObjectTable(table.name, next(iter(counts.values())))),
+        )  # fmt: skip
         for table in tables
     )
     dead = {topic: f"{app_id}-{topic}-dead-letters" for topic in topics}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import polars as pl
@@ -16,12 +16,13 @@ from streamproc.commit.record import CommitRecord
 from streamproc.core.batch import RawBatch
 from streamproc.core.types import Offset, TopicPartition
 from streamproc.operators.contract import WatermarkState
+from streamproc.operators.source import Counters
 from streamproc.sinks.contract import Emit, Sink, TableShape
 from streamproc.state.contract import Store, Writes
 from streamproc.state.overlay import Change
 from streamproc.transport.contract import OutRecord
 
-__all__ = ["AgentFailed", "Counters", "EpochOverlay", "SinkUse", "StateTable", "Work"]
+__all__ = ["AgentFailed", "EpochOverlay", "SinkUse", "StateTable", "Work"]
 
 
 class AgentFailed(Exception):
@@ -61,17 +62,6 @@ class StateTable:
     shape: TableShape | None = None
     """None for internal state (dedupe) and for tables of per-record agents."""
     sinks: tuple[SinkUse, ...] = ()
-
-
-@dataclass
-class Counters:
-    """What a task did, for the web view and the log. Only committed work is counted."""
-
-    records: int = 0
-    dead: dict[str, int] = field(default_factory=dict)
-    late: dict[str, int] = field(default_factory=dict)
-    duplicates: int = 0
-    filtered: int = 0
 
 
 class Work(ABC):

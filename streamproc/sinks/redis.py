@@ -416,6 +416,7 @@ _REFUSED = (
     rx.NoPermissionError,
 )
 _NOT_NOW = (rx.ReadOnlyError, rx.OutOfMemoryError, rx.ClusterDownError, rx.MasterDownError, rx.TryAgainError)
+_NO_DATABASE = "DB index is out of range"
 _NOT_NOW_CODES = ("BUSY", "LOADING", "MISCONF", "NOREPLICAS", "OOM", "READONLY", "MASTERDOWN", "CLUSTERDOWN")
 
 
@@ -436,6 +437,8 @@ def _failures(name: str) -> Iterator[None]:
     except rx.InvalidResponse as error:
         raise UserError(f"What answers at {name} is not a Redis.", remedy="Check host and port in the URL.") from error
     except (rx.ConnectionError, rx.TimeoutError, OSError, *_NOT_NOW) as error:
+        if _NO_DATABASE in str(error):  # redis-py wraps what a handshake was refused for
+            raise UserError(f"{name}: the server has no database of that number.", remedy="Correct the URL.") from error
         raise SinkUnavailable(
             f"{name} does not answer or cannot write now: {error or type(error).__name__}."
         ) from error

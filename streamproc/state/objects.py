@@ -156,7 +156,7 @@ class ObjectOverlay(dict[Any, Any]):
         return (unpack_key(row) for row, _ in self._rows())
 
     def __reversed__(self) -> Iterator[Any]:
-        return reversed(list(self))
+        return iter([*self][::-1])
 
     def __len__(self) -> int:
         return sum(1 for _ in self._rows())
@@ -205,7 +205,7 @@ class ObjectOverlay(dict[Any, Any]):
                 yield key, value
 
     def _rows(self) -> Iterator[tuple[bytes, bytes]]:
-        """Every row in the order of packed keys; the value is the store's, and of no use if the epoch changed the row."""
+        """Every row in the order of packed keys; the value is the store's, of no use if the epoch changed the row."""
         own: dict[bytes, bytes | None] = {pack_key(key, self.table): None for key in self._deleted}
         own.update((pack_key(key, self.table), b"") for key, _ in self._changed())
         prefix = self._prefix

@@ -45,7 +45,7 @@ def unpack_key(packed: bytes) -> Any:
 
 
 def pack_value(value: Any, table: str, key: Any) -> bytes:
-    """Equal objects of equal types give equal bytes, but for the order of dicts. `UserError` for what no value can be."""
+    """Equal objects of equal types give equal bytes, but for dicts' order. `UserError` for what no value can be."""
     if type(value) in _PLAIN:
         try:
             return _encode(value)

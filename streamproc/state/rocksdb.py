@@ -34,7 +34,7 @@ from streamproc.core import limits
 from streamproc.core.errors import InvariantBroken, RestoreNeeded, StreamprocError, UserError, invariant
 from streamproc.state.contract import StoreMeta, Writes
 
-__all__ = ["RocksStore", "destroy", "open_or_discard"]
+__all__ = ["RocksDBStore", "destroy", "open_or_discard"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -61,14 +61,14 @@ _DAMAGE: Final = ("Corruption", "No such file or directory", "Invalid argument",
 _cache: list[Cache] = []
 
 
-def open_or_discard(path: Path) -> RocksStore:
+def open_or_discard(path: Path) -> RocksDBStore:
     """The store in ``path``; a damaged folder is thrown away (the changelog brings its rows back) and made anew."""
     try:
-        return RocksStore(path)
+        return RocksDBStore(path)
     except RestoreNeeded as damaged:
         logger.warning("%s The folder is made anew.", damaged)
         destroy(path)
-        return RocksStore(path)
+        return RocksDBStore(path)
 
 
 def destroy(path: Path) -> None:
@@ -80,7 +80,7 @@ def destroy(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-class RocksStore:
+class RocksDBStore:
     """See `Store`. Opening raises `UserError` if another owner holds the folder, `RestoreNeeded` (with its path) if the
     data is damaged, `OSError` if the disk refuses. After a refused write nothing more is written until it is opened
     again: RocksDB might take a later epoch where it refused an earlier one.

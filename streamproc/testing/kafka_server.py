@@ -153,7 +153,19 @@ class KafkaServer:
         properties = folder / "server.properties"
         properties.write_text(_properties(folder / "log", *self._ports))
         if not (folder / "log" / "meta.properties").exists():
-            _run([_java(), "-cp", f"{_libs()}/*", "kafka.tools.StorageTool", "format", "-t", _CLUSTER_ID, "-c", str(properties)])
+            _run(
+                [
+                    _java(),
+                    "-cp",
+                    f"{_libs()}/*",
+                    "kafka.tools.StorageTool",
+                    "format",
+                    "-t",
+                    _CLUSTER_ID,
+                    "-c",
+                    str(properties),
+                ]
+            )
         return folder
 
     def _wait_until_started(self, process: subprocess.Popen[bytes], log: Path, seen: int) -> None:
@@ -200,8 +212,8 @@ def _fetch_jars() -> None:
     libs.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=libs.name + ".", dir=libs.parent))
     _run(
-        [maven, "-q", "-B", "-f", str(_HERE / "pom.xml"), "dependency:copy-dependencies", f"-DoutputDirectory={partial}",
-         "-DincludeScope=runtime"],
+        [maven, "-q", "-B", "-f", str(_HERE / "pom.xml"), "dependency:copy-dependencies", "-DincludeScope=runtime",
+         f"-DoutputDirectory={partial}"],
     )  # fmt: skip
     try:
         partial.rename(libs)

@@ -39,7 +39,8 @@ QUIET_S = 0.5
 class OpenLog(Protocol):
     """A log and the started transport on it."""
 
-    transport: Transport
+    @property
+    def transport(self) -> Transport: ...
 
     async def reopen(self) -> Transport:
         """Stop ``transport``, start a new one on the same log, and return it (it is ``transport`` from now on)."""

@@ -107,7 +107,7 @@ class LogFile:
             )
         if not empty and (version := db.execute("PRAGMA user_version").fetchone()[0]) != _SCHEMA_VERSION:
             raise UserError(
-                f"The embedded log {self.path} has format {version}; this version of streamproc reads {_SCHEMA_VERSION}.",
+                f"The embedded log {self.path} has format {version}; this streamproc reads {_SCHEMA_VERSION}.",
                 remedy="Install the version that wrote it, or give the path of a new file.",
             )
         db.execute("PRAGMA journal_mode=WAL")

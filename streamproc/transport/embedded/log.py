@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 from streamproc.avro.recordbatch import control_marker, parse, read_header, split_build
 from streamproc.core.batch import RawBatch
 from streamproc.core.clock import Clock
-from streamproc.core.errors import LogLost, ProducerFenced, ProduceRefused, UserError
+from streamproc.core.errors import LogLost, ProduceRefused, ProducerFenced, UserError
 from streamproc.core.limits import TRANSACTION_TIMEOUT_MS
 from streamproc.core.types import Offset, TopicPartition
 from streamproc.transport.contract import OutRecord, PartitionOffsets
@@ -33,7 +33,7 @@ __all__ = ["Log", "ProducerState"]
 _EPOCH_MAX: Final = (1 << 15) - 1
 """A record batch has 16 bits for the epoch; behind it a transactional id gets a new producer id, as Kafka's do."""
 _BATCH_SQL: Final = "INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-_FETCH_SQL: Final = """SELECT bytes FROM batches
+_FETCH_SQL: Final = """SELECT last_offset, bytes FROM batches
     WHERE partition_id = ? AND last_offset >= ? AND last_offset < ? ORDER BY last_offset"""
 Records = Mapping[TopicPartition, Sequence[OutRecord]]
 GroupOffsets = dict[tuple[str, TopicPartition], int]
@@ -102,19 +102,20 @@ class Log:
         partition = self.topics.partition(tp)
         if not partition.begin <= position <= partition.next:
             raise LogLost(
-                f"Position {position} of {tp.topic}[{tp.partition}] is out of range: the log holds {partition.begin} to "
-                f"{partition.next}. Records were deleted before they were read; choose a new position with "
-                "`streamproc reset`."
+                f"Position {position} of {tp.topic}[{tp.partition}] is out of range: the log holds "
+                f"{partition.begin} to {partition.next}. Records were deleted before they were read; choose a new "
+                "position with `streamproc reset`."
             )
-        pieces, size, cut = [], 0, False
-        for (data,) in self._file.read(_FETCH_SQL, (partition.id, position, partition.stable)):
+        pieces: list[bytes] = []
+        size, last, cut = 0, -1, False
+        for last_offset, data in self._file.read(_FETCH_SQL, (partition.id, position, partition.stable)):
             if pieces and size + len(data) > bytes_max:
                 cut = True
                 break
             pieces.append(data)
-            size += len(data)
+            size, last = size + len(data), last_offset
         batch = parse(tp, b"".join(pieces), position=Offset(position))
-        if not cut:
+        if not cut and batch.next_position > last:
             # Behind the last batch there may be offsets of aborted or compacted records.
             batch.next_position = Offset(max(position, partition.stable))
         return batch
@@ -161,7 +162,9 @@ class Log:
             partition.open.setdefault(state.producer_id, batches[0].base_offset)
         return self._advance(built)
 
-    def add_offsets(self, state: ProducerState, epoch: int, group: str, offsets: Mapping[TopicPartition, Offset]) -> None:
+    def add_offsets(
+        self, state: ProducerState, epoch: int, group: str, offsets: Mapping[TopicPartition, Offset]
+    ) -> None:
         self._transaction(state, epoch).offsets.update({(group, tp): offset for tp, offset in offsets.items()})
 
     def end(self, state: ProducerState, epoch: int, *, commit: bool) -> None:
@@ -191,12 +194,12 @@ class Log:
         return min(deadlines) - now_s if deadlines else None
 
     def delete_records(self, before: Mapping[TopicPartition, Offset]) -> None:
-        moved: dict[Partition, int] = {}
+        moved: dict[Partition, Offset] = {}
         for tp, offset in before.items():
             partition = self.topics.partition(tp)
             if offset > partition.next:
                 raise UserError(
-                    f"Records of {tp.topic}[{tp.partition}] cannot be deleted up to {offset}: it ends at {partition.next}.",
+                    f"{tp.topic}[{tp.partition}] cannot be deleted up to {offset}: it ends at {partition.next}.",
                     remedy="Give an offset within the log.",
                 )
             if offset > partition.begin:
@@ -224,8 +227,9 @@ class Log:
     def _check(self, state: ProducerState, epoch: int) -> None:
         if state.epoch != epoch:
             raise ProducerFenced(
-                f"Epoch {epoch} of transactional id {state.transactional_id!r} is over, the current one is {state.epoch}: "
-                f"the task has a new owner, or its transaction was open for more than {TRANSACTION_TIMEOUT_MS} ms."
+                f"Epoch {epoch} of transactional id {state.transactional_id!r} is over, the current one is "
+                f"{state.epoch}: the task has a new owner, or its transaction was open for more than "
+                f"{TRANSACTION_TIMEOUT_MS} ms."
             )
 
     def _build(self, records: Records, state: ProducerState | None) -> dict[Partition, list[Built]]:
@@ -249,8 +253,8 @@ class Log:
     def _checked(self, partition: Partition, data: bytes) -> Built:
         if len(data) > partition.message_bytes_max:
             raise ProduceRefused(
-                f"A record batch of {len(data)} bytes is too large for {partition.tp.topic!r}, whose max.message.bytes is "
-                f"{partition.message_bytes_max}: write smaller records or raise the setting.",
+                f"A record batch of {len(data)} bytes is too large for {partition.tp.topic!r}, whose max.message.bytes "
+                f"is {partition.message_bytes_max}: write smaller records or raise the setting.",
                 topic=partition.tp.topic,
                 too_large=True,
             )

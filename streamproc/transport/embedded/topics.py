@@ -150,9 +150,7 @@ def _check_spec(spec: TopicSpec) -> None:
             remedy="Use 1 to 249 letters, digits, '.', '_' and '-', as Kafka does.",
         )
     if spec.partitions < 1:
-        raise UserError(
-            f"Topic {spec.name!r} cannot have {spec.partitions} partitions.", remedy="Give it one or more."
-        )
+        raise UserError(f"Topic {spec.name!r} cannot have {spec.partitions} partitions.", remedy="Give it one or more.")
     for name in ("max.message.bytes", "delete.retention.ms"):
         if not spec.config.get(name, "0").isdecimal():
             raise UserError(

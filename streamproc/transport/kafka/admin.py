@@ -244,8 +244,8 @@ def _check_setting(topic: str, setting: str, actual: str | None, wanted: str) ->
         return
     raise UserError(
         f"Topic {topic!r} has {setting}={actual}, but {wanted} is needed.",
-        remedy=f"Run `kafka-configs --alter --entity-type topics --entity-name {topic} --add-config {setting}={wanted}`, "
-        "or declare the value that it has.",
+        remedy=f"Run `kafka-configs --alter --entity-type topics --entity-name {topic} "
+        f"--add-config {setting}={wanted}`, or declare the value that it has.",
     )
 
 

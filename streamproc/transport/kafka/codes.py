@@ -1,7 +1,7 @@
 """Error codes of the Kafka protocol that we act on, by what we do about them.
 
-Source: the "Error Codes" table of the Kafka protocol guide. aiokafka's own classes stop short of the newer ones (74, 75,
-78, 87, 90), so the numbers are kept here.
+Source: the "Error Codes" table of the Kafka protocol guide. aiokafka's own classes stop short of the newer ones (74,
+75, 78, 87, 90), so the numbers are kept here.
 """
 
 from __future__ import annotations
@@ -77,16 +77,16 @@ ASK_LEADER_AGAIN: Final = frozenset({
 verifies a transaction."""
 
 ASK_COORDINATOR_AGAIN: Final = frozenset({
-    Code.COORDINATOR_LOAD_IN_PROGRESS, Code.COORDINATOR_NOT_AVAILABLE, Code.NOT_COORDINATOR, Code.CONCURRENT_TRANSACTIONS,
-    Code.REQUEST_TIMED_OUT, Code.UNKNOWN_TOPIC_OR_PARTITION, Code.OPERATION_NOT_ATTEMPTED, Code.KAFKA_STORAGE_ERROR,
+    Code.COORDINATOR_LOAD_IN_PROGRESS, Code.COORDINATOR_NOT_AVAILABLE, Code.NOT_COORDINATOR, Code.REQUEST_TIMED_OUT,
+    Code.CONCURRENT_TRANSACTIONS, Code.UNKNOWN_TOPIC_OR_PARTITION, Code.OPERATION_NOT_ATTEMPTED, Code.KAFKA_STORAGE_ERROR,
     Code.UNSTABLE_OFFSET_COMMIT, Code.LEADER_NOT_AVAILABLE, Code.NOT_LEADER_OR_FOLLOWER,
 })  # fmt: skip
 """From a coordinator: look it up again and send the same again. 'Operation not attempted' stands beside the partition
 whose error was the reason."""
 
 FENCED: Final = frozenset({
-    Code.INVALID_PRODUCER_EPOCH, Code.PRODUCER_FENCED, Code.TRANSACTIONAL_ID_NOT_FOUND, Code.INVALID_PRODUCER_ID_MAPPING,
-    Code.INVALID_TXN_STATE, Code.TRANSACTION_COORDINATOR_FENCED, Code.UNKNOWN_PRODUCER_ID, Code.TRANSACTION_ABORTABLE,
+    Code.INVALID_PRODUCER_EPOCH, Code.PRODUCER_FENCED, Code.TRANSACTIONAL_ID_NOT_FOUND,
+    Code.INVALID_PRODUCER_ID_MAPPING, Code.INVALID_TXN_STATE, Code.TRANSACTION_COORDINATOR_FENCED, Code.UNKNOWN_PRODUCER_ID, Code.TRANSACTION_ABORTABLE,
 })  # fmt: skip
 """Somebody else owns the transactional id, or the transaction or the id timed out: the task starts from its fence."""
 

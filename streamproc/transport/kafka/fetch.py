@@ -3,8 +3,8 @@
         resume ─▶ wanted ─▶ on its way ─▶ buffered ─▶ handed out by get()
                     ▲           │ error: blocked for a back-off, metadata asked again
                     └───────────┘
-A `_Reading` is one `resume`: what was fetched for it is handed out only while it is still the partition's current one, so
-an answer of an earlier generation can neither give a record nor move a position.
+A `_Reading` is one `resume`: what was fetched for it is handed out only while it is still the partition's current one,
+so an answer of an earlier generation can neither give a record nor move a position.
 """
 
 from __future__ import annotations
@@ -52,14 +52,16 @@ class _Reading:
         self.failures = 0
         self.failing_since: float | None = None
         self.why = ""
+        self.error: StreamprocError | None = None
+        """For `get` to raise, unless the partition is paused or resumed before."""
 
 
 class KafkaFetcher:
     """`Fetcher` over Kafka.
 
     A broker that is down is tried for ever, with back-off and a line in the log for each new reason; `get` raises
-    `BrokerUnavailable` every `limits.FETCH_OUTAGE_S` for which a resumed partition had no answer and nothing else could be
-    handed out, and may then simply be called again. `at_end` is false from the first failed fetch to the next answer.
+    `BrokerUnavailable` for every `limits.FETCH_OUTAGE_S` in which a resumed partition had no answer, and may then simply
+    be called again. `at_end` is false from the first failed fetch to the next answer.
 
     Bounds: `limits.FETCH_PARTITION_BYTES_MAX` a partition and request, and nothing more is asked for beyond
     `limits.FETCH_BUFFER_BYTES_MAX` buffered (counted decompressed, so one round of answers may pass it).
@@ -74,7 +76,8 @@ class KafkaFetcher:
         self._busy: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed, self._arrived = asyncio.Event(), asyncio.Event()
-        self._errors: deque[BaseException] = deque()
+        self._failed: deque[_Reading] = deque()
+        self._bugs: deque[BaseException] = deque()
         self._pump: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -91,8 +94,7 @@ class KafkaFetcher:
 
     async def get(self) -> RawBatch:
         while True:
-            if self._errors:
-                raise self._errors.popleft()
+            self._raise_first()
             batch = self._next()
             if batch is not None:
                 return batch
@@ -118,6 +120,15 @@ class KafkaFetcher:
         for tp in self._readings:
             self._drop(tp)
 
+    def _raise_first(self) -> None:
+        if self._bugs:
+            raise self._bugs.popleft()
+        while self._failed:
+            reading = self._failed.popleft()
+            error, reading.error = reading.error, None
+            if error is not None and self._readings.get(reading.tp) is reading:
+                raise error
+
     # Handing out
 
     def _next(self) -> RawBatch | None:
@@ -141,7 +152,7 @@ class KafkaFetcher:
         reading = self._readings.get(tp)
         if reading is None:
             return
-        reading.active = False
+        reading.active, reading.error = False, None
         reading.batches.clear()
         self._buffered -= reading.bytes
         reading.bytes = 0
@@ -154,7 +165,7 @@ class KafkaFetcher:
             self._changed.clear()
             for node, readings in self._wanted().items():
                 if node is None:
-                    self._back_off(readings, "no leader is known")
+                    self._spawn(self._find_leaders(self._block(readings)))
                 elif node not in self._busy:
                     self._busy.add(node)
                     self._spawn(self._fetch(node, readings))
@@ -201,7 +212,9 @@ class KafkaFetcher:
         self, answer: Any, asked: dict[TopicPartition, _Reading], asked_from: dict[_Reading, Offset]
     ) -> None:
         silent = set(asked)
-        nothing = not any(code or rest[-1] for _, partitions in answer.topics or () for _, code, _, _, *rest in partitions)
+        nothing = not any(
+            code or rest[-1] for _, partitions in answer.topics or () for _, code, _, _, *rest in partitions
+        )
         for topic, partitions in answer.topics or ():
             for partition, code, end, stable, *rest in partitions:
                 tp = TopicPartition(topic, partition)
@@ -227,7 +240,7 @@ class KafkaFetcher:
         reading.failures, reading.failing_since, reading.why = 0, None, ""
 
     def _take(self, reading: _Reading, records: bytes, aborted: Sequence[tuple[int, int]], *, nothing: bool) -> None:
-        """``nothing``: the whole answer holds no record. A broker sends one batch whatever the size limit if it has any, so
+        """``nothing``: the whole answer holds no record. A broker that has any sends one batch whatever the size limit, so
         there is none up to the last stable offset."""
         position = reading.position
         if records:
@@ -295,50 +308,68 @@ class KafkaFetcher:
             ),
         )
 
-    def _fail(self, reading: _Reading, error: BaseException) -> None:
+    def _fail(self, reading: _Reading, error: StreamprocError) -> None:
+        """Nothing more is read of it."""
         if self._current(reading):
             self._drop(reading.tp)
-            self._errors.append(error)
-            self._arrived.set()
+            self._tell(reading, error)
+
+    def _tell(self, reading: _Reading, error: StreamprocError) -> None:
+        reading.error = error
+        self._failed.append(reading)
+        self._arrived.set()
 
     def _back_off(self, readings: Iterable[_Reading], why: str) -> None:
         """Leave these out for a while, each for as long as it has earned, and ask who leads them now."""
-        now = self._clock.monotonic_s()
-        for reading in readings:
-            if not self._current(reading) or reading.blocked:
-                continue
+        for reading in self._block(readings):
             if reading.failing_since is None:
-                reading.failing_since = now
+                reading.failing_since = self._clock.monotonic_s()
             if why != reading.why:
                 log.warning("fetch of %s[%d] from %d: %s; trying again", *reading.tp, reading.position, why)
                 reading.why = why
-            self._complain(reading, now)
+            self._complain(reading)
             pause = min(limits.RETRY_BACKOFF_S * 2 ** min(reading.failures, 16), limits.RETRY_BACKOFF_S_MAX)
             reading.failures += 1
+            self._spawn(self._unblock_later(reading, pause))
+
+    def _block(self, readings: Iterable[_Reading]) -> list[_Reading]:
+        blocked = [reading for reading in readings if self._current(reading) and not reading.blocked]
+        for reading in blocked:
             reading.blocked = True
-            self._spawn(self._unblock(reading, pause))
+        return blocked
 
-    def _complain(self, reading: _Reading, now: float) -> None:
-        since = reading.failing_since
-        if since is None or now - since < limits.FETCH_OUTAGE_S:
-            return
-        reading.failing_since = now
-        if not any(isinstance(error, BrokerUnavailable) for error in self._errors):
-            self._errors.append(
-                BrokerUnavailable(
-                    f"{reading.tp.topic}[{reading.tp.partition}] had no answer for {limits.FETCH_OUTAGE_S:g} s "
-                    f"({reading.why}). The fetch goes on trying; look at the broker's log."
-                )
-            )
-            self._arrived.set()
+    def _unblock(self, readings: Iterable[_Reading]) -> None:
+        for reading in readings:
+            reading.blocked = False
+        self._changed.set()
 
-    async def _unblock(self, reading: _Reading, pause_s: float) -> None:
+    async def _unblock_later(self, reading: _Reading, pause_s: float) -> None:
         try:
             await self._clock.sleep(pause_s)
             await self._wire.refresh()
         finally:
-            reading.blocked = False
-            self._changed.set()
+            self._unblock([reading])
+
+    async def _find_leaders(self, readings: list[_Reading]) -> None:
+        """A topic's first reading is no failure; no leader after a fresh answer is."""
+        try:
+            await self._wire.refresh()
+        finally:
+            self._unblock(readings)
+        self._back_off([r for r in readings if self._wire.leader(r.tp) is None], "no leader is known")
+
+    def _complain(self, reading: _Reading) -> None:
+        now, since = self._clock.monotonic_s(), reading.failing_since
+        if since is None or now - since < limits.FETCH_OUTAGE_S:
+            return
+        reading.failing_since = now
+        self._tell(
+            reading,
+            BrokerUnavailable(
+                f"{reading.tp.topic}[{reading.tp.partition}] had no answer for {limits.FETCH_OUTAGE_S:g} s "
+                f"({reading.why}). The fetch goes on trying; look at the broker's log."
+            ),
+        )
 
     def _current(self, reading: _Reading) -> bool:
         return reading.active and self._readings.get(reading.tp) is reading
@@ -352,5 +383,5 @@ class KafkaFetcher:
     def _ended(self, task: asyncio.Task[None]) -> None:
         """A bug in a task of ours must reach `get`, not the event loop's log."""
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._errors.append(error)
+            self._bugs.append(error)
             self._arrived.set()

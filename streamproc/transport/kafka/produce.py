@@ -1,4 +1,4 @@
-"""Record batches to the leaders of their partitions, every acknowledgement checked; used in and outside of transactions."""
+"""Record batches to the leaders of their partitions, every acknowledgement checked; inside transactions and outside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aiokafka.protocol.produce import ProduceRequest  # type: ignore[import-unty
 
 from streamproc.avro import recordbatch
 from streamproc.core import limits
-from streamproc.core.errors import ProducerFenced, ProduceRefused, UserError
+from streamproc.core.errors import ProduceRefused, ProducerFenced, UserError
 from streamproc.core.types import Offset, TopicPartition
 from streamproc.transport.contract import OutRecord
 from streamproc.transport.kafka.codes import ASK_LEADER_AGAIN, FENCED, FORBIDDEN, TOO_LARGE, Code, name_of
@@ -26,6 +26,8 @@ Build = Callable[[Sequence[OutRecord], int], list[bytes]]
 """Records and the first one's sequence to record batches, as `recordbatch.split_build`."""
 SEQUENCES: Final = 1 << 31
 """Sequence numbers are 31 bits wide and begin again at 0."""
+_MARKERS_ON_THEIR_WAY: Final = frozenset({Code.CONCURRENT_TRANSACTIONS.name, Code.NOT_ENOUGH_REPLICAS.name})
+"""What a leader says that cannot verify the transaction yet (KIP-890 words it as 'not enough replicas')."""
 _PERHAPS_APPENDED: Final = frozenset({Code.REQUEST_TIMED_OUT, Code.NOT_ENOUGH_REPLICAS_AFTER_APPEND})
 _ACKS_ALL: Final = -1
 _REPLICATION_MS: Final = round(limits.REQUEST_TIMEOUT_S * 500)
@@ -64,8 +66,8 @@ class Writing:
     request per leader at a time, leaders in parallel.
 
     After `run`, and also after it raised, ``written`` says how many records of each partition were acknowledged, and
-    ``unsure`` names those whose last batch may or may not be in the log: only a fence makes their producer usable again,
-    since the broker would take other records under the same sequence for a repetition.
+    ``unsure`` names those whose last batch may or may not be in the log: only a fence makes their producer usable
+    again, since the broker would take other records under the same sequence for a repetition.
     """
 
     wire: Wire
@@ -96,7 +98,7 @@ class Writing:
             if not whys:
                 retry = self._retry()
                 continue
-            soon = all(why == Code.CONCURRENT_TRANSACTIONS.name for why in whys)
+            soon = all(why in _MARKERS_ON_THEIR_WAY for why in whys)
             if not soon:
                 await self.wire.refresh()
             await retry.again(whys[0], soon=soon)
@@ -168,7 +170,10 @@ class Writing:
             return False
         half = len(records) // 2
         queue.popleft()
-        parts = (*self._batches(records[:half], sequence), *self._batches(records[half:], (sequence + half) % SEQUENCES))
+        parts = (
+            *self._batches(records[:half], sequence),
+            *self._batches(records[half:], (sequence + half) % SEQUENCES),
+        )
         queue.extendleft(reversed(parts))
         return True
 
@@ -179,5 +184,6 @@ class Writing:
             some = records[at : at + SEQUENCES - sequence]
             for data in self.build(some, sequence):
                 count = recordbatch.read_header(data).records
-                yield _Batch(records[at : at + count], sequence, data)
+                # A producer's batches all begin at offset 0: the broker assigns the real ones. (No checksum covers it.)
+                yield _Batch(records[at : at + count], sequence, bytes(8) + data[8:])
                 at, sequence = at + count, (sequence + count) % SEQUENCES

@@ -46,8 +46,8 @@ _NOT_FENCED_YET = -1
 class KafkaTaskProducer:
     """`TaskProducer` over Kafka.
 
-    After any failure only `fence`, or `end(commit=False)`, may follow: every other call raises that failure again, so that
-    no half of an epoch can commit. A `ProduceRefused` whose transaction was then aborted leaves the producer usable.
+    After any failure only `fence`, or `end(commit=False)`, may follow: every other call raises that failure again, so
+    that no half of an epoch can commit. A `ProduceRefused` whose transaction was then aborted leaves it usable.
     """
 
     def __init__(self, wire: Wire, transactional_id: str) -> None:

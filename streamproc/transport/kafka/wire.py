@@ -68,7 +68,7 @@ def by_topic(tps: Iterable[tuple[TopicPartition, Any]]) -> list[tuple[str, list[
 
 
 class Retry:
-    """Back-off within one named limit. ``await again(why)`` pauses, or raises `BrokerUnavailable` when the time is over."""
+    """Back-off within one named limit: ``await again(why)`` pauses, or raises `BrokerUnavailable` when time is over."""
 
     def __init__(self, clock: Clock, what: str, total_s: float = limits.RETRY_TOTAL_S) -> None:
         self._clock, self._what, self._total_s = clock, what, total_s
@@ -92,10 +92,12 @@ class Retry:
 
 
 class Wire:
-    """Over ONE aiokafka client. ``lane`` names a connection of its own: a broker serves a connection's requests in order, so
-    a fetch that waits for records would hold up whatever is behind it."""
+    """Over ONE aiokafka client. ``lane`` names a connection of its own: a broker serves a connection's requests in
+    order, so a fetch that waits for records would hold up whatever is behind it."""
 
-    def __init__(self, bootstrap: str | Sequence[str], clock: Clock, *, client_id: str, security: Mapping[str, Any]) -> None:
+    def __init__(
+        self, bootstrap: str | Sequence[str], clock: Clock, *, client_id: str, security: Mapping[str, Any]
+    ) -> None:
         self.addresses = addresses(bootstrap)
         self.client_id, self.security, self.clock = client_id, dict(security), clock
         self._client: Any = None
@@ -116,7 +118,9 @@ class Wire:
             try:
                 async with asyncio.timeout(limits.REQUEST_TIMEOUT_S):
                     await client.bootstrap()
-                break
+                if client.cluster.brokers():
+                    break
+                why = "it knows of no broker yet"
             except (KafkaError, OSError) as error:  # TimeoutError is an OSError
                 why = str(error) or type(error).__name__
             try:
@@ -158,7 +162,7 @@ class Wire:
         return self.any_node() if controller is None else int(controller.nodeId)
 
     def leader(self, tp: TopicPartition) -> int | None:
-        """As the last metadata had it; None if unknown or without a leader. The first question about a topic tracks it."""
+        """As the last metadata had it; None if unknown or without one. The first question about a topic tracks it."""
         self._topics.add(tp.topic)
         leader = self._running().cluster.leader_for_partition(kafka_tp(tp))
         return None if leader is None or leader < 0 else int(leader)

@@ -1,0 +1,206 @@
+"""This worker's place in a consumer group, held by an AIOKafkaConsumer that never reads a record.
+
+Its partitions are paused inside the assigned callback before anything else; what it may have fetched until then is
+never asked for. aiokafka logs and swallows what a rebalance callback raises and keeps what its background task raised
+for the next poll, and we never poll: both are kept here and given out by `failed`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Coroutine
+from typing import Any, Final
+
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener  # type: ignore[import-untyped,unused-ignore]
+from aiokafka.coordinator.assignors.range import (  # type: ignore[import-untyped,unused-ignore]
+    RangePartitionAssignor,
+)
+from aiokafka.errors import KafkaError  # type: ignore[import-untyped,unused-ignore]
+from aiokafka.protocol.group import HeartbeatRequest  # type: ignore[import-untyped,unused-ignore]
+
+from streamproc.core import limits
+from streamproc.core.errors import BrokerUnavailable, UserError
+from streamproc.core.types import TopicPartition
+from streamproc.transport.contract import GroupListener
+from streamproc.transport.kafka.codes import ASK_COORDINATOR_AGAIN, Code, name_of
+from streamproc.transport.kafka.wire import NoAnswer, Retry, Wire
+
+__all__ = ["KafkaMembership"]
+
+log = logging.getLogger(__name__)
+_NEVER_MS: Final = 10**12
+"""Thirty years. A consumer that is never polled would leave the group after `max_poll_interval_ms`; how long a
+rebalance may take is said to the broker separately (`rebalance_timeout_ms`)."""
+_FETCH_BYTES: Final = 1
+"""The consumer may fetch between the assignment and our callback's pause: let it be next to nothing."""
+_NO_GENERATION: Final = -1
+
+
+class KafkaMembership:
+    """`Membership` over Kafka's classic group protocol.
+
+    `start` returns when the group is being joined; the listener hears of the assignment later, and `failed` of a join
+    that cannot succeed. The listener is never called twice at once, so `stop` must not be called from within it.
+    """
+
+    def __init__(
+        self,
+        wire: Wire,
+        group: str,
+        *,
+        assignor: Any = None,
+        session_timeout_s: float = limits.SESSION_TIMEOUT_S,
+        heartbeat_interval_s: float = limits.HEARTBEAT_S,
+        rebalance_timeout_s: float = limits.REBALANCE_TIMEOUT_S,
+        partitions: Callable[[str], Coroutine[Any, Any, int | None]],
+    ) -> None:
+        self._wire, self._group, self._partitions = wire, group, partitions
+        # The range assignor gives a member the same partition numbers of all topics, as co-partitioning needs.
+        self._assignor = RangePartitionAssignor if assignor is None else assignor
+        self._timeouts = {
+            "session_timeout_ms": round(session_timeout_s * 1000),
+            "heartbeat_interval_ms": round(heartbeat_interval_s * 1000),
+            "rebalance_timeout_ms": round(rebalance_timeout_s * 1000),
+        }
+        self._consumer: Any = None
+        self._listener: GroupListener | None = None
+        self._held: frozenset[TopicPartition] = frozenset()
+        self._generation = _NO_GENERATION
+        self._stopping = False
+        self._calling = asyncio.Lock()
+        self._failure: asyncio.Future[BaseException] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def start(self, topics: Collection[str], listener: GroupListener) -> None:
+        for topic in topics:
+            if await self._partitions(topic) is None:
+                raise UserError(
+                    f"Topic {topic!r} does not exist, so group {self._group!r} cannot read it.",
+                    remedy="Create it (`streamproc topics`), or correct its name.",
+                )
+        self._listener = listener
+        self._failure = asyncio.get_running_loop().create_future()
+        self._consumer = AIOKafkaConsumer(
+            bootstrap_servers=self._wire.addresses,
+            client_id=self._wire.client_id,
+            group_id=self._group,
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            max_poll_interval_ms=_NEVER_MS,
+            fetch_max_bytes=_FETCH_BYTES,
+            max_partition_fetch_bytes=_FETCH_BYTES,
+            partition_assignment_strategy=(self._assignor,),
+            request_timeout_ms=round(limits.REQUEST_TIMEOUT_S * 1000),
+            **self._timeouts,
+            **self._wire.security,
+        )
+        try:
+            await self._consumer.start()
+        except (KafkaError, OSError) as error:
+            await self._consumer.stop()
+            raise BrokerUnavailable(
+                f"Group {self._group!r} cannot be joined at {', '.join(self._wire.addresses)}: {error}. "
+                "Start the broker, or correct the app's broker setting."
+            ) from error
+        self._consumer.subscribe(list(topics), listener=_Callbacks(self))
+        self._watcher = asyncio.create_task(self._watch(), name=f"membership {self._group}")
+
+    def assignment(self) -> frozenset[TopicPartition]:
+        return self._held
+
+    async def confirm(self) -> bool:
+        coordinator = None if self._consumer is None else self._consumer._coordinator
+        if coordinator is None or self._stopping or self._generation == _NO_GENERATION:
+            return False
+        retry = Retry(self._wire.clock, f"Heartbeat of group {self._group!r}")
+        while coordinator.generation == self._generation:
+            request = HeartbeatRequest(self._group, self._generation, coordinator.member_id)
+            try:
+                node = await self._wire.coordinator("group", self._group)
+                code = (await self._wire.send(node, request, "group")).error_code
+            except NoAnswer as error:
+                self._wire.forget_coordinator("group", self._group)
+                await retry.again(str(error))
+                continue
+            if code not in ASK_COORDINATOR_AGAIN:
+                # A rebalance may have come between the answer and here.
+                return bool(code == Code.NONE and coordinator.generation == self._generation)
+            self._wire.forget_coordinator("group", self._group)
+            await retry.again(name_of(code))
+        return False
+
+    async def failed(self) -> BaseException:
+        if self._failure is None:
+            raise BrokerUnavailable(f"The membership in group {self._group!r} was not started. Start it first.")
+        return await asyncio.shield(self._failure)
+
+    async def stop(self) -> None:
+        if self._consumer is None or self._stopping:
+            return
+        self._stopping = True
+        if self._watcher is not None:
+            self._watcher.cancel()
+        # aiokafka leaves without telling its listener.
+        await self._revoke()
+        try:
+            async with asyncio.timeout(2 * limits.REQUEST_TIMEOUT_S):
+                await self._consumer.stop()
+        except TimeoutError:
+            log.warning("group %s was not left: no broker answers; the session time-out will do it", self._group)
+
+    async def _watch(self) -> None:
+        """What aiokafka's own tasks raised is handed to whoever polls; nobody does, so it is asked for here."""
+        while True:
+            await self._wire.clock.sleep(limits.MEMBERSHIP_CHECK_S)
+            try:
+                self._consumer._coordinator.check_errors()
+            except KafkaError as error:
+                self._fail(
+                    BrokerUnavailable(
+                        f"The membership in group {self._group!r} failed: {error}. The worker must join again."
+                    )
+                )
+                return
+
+    async def _revoke(self) -> None:
+        async with self._calling:
+            held, self._held, self._generation = self._held, frozenset(), _NO_GENERATION
+            if self._listener is not None and held:
+                await self._call(self._listener.on_revoked(held))
+
+    async def _assign(self, assigned: Collection[Any]) -> None:
+        self._consumer.pause(*assigned)
+        async with self._calling:
+            if self._stopping or self._listener is None:
+                return
+            self._held = frozenset(TopicPartition(tp.topic, tp.partition) for tp in assigned)
+            self._generation = self._consumer._coordinator.generation
+            await self._call(self._listener.on_assigned(self._held, self._generation))
+
+    async def _call(self, callback: Any) -> None:
+        try:
+            await callback
+        except Exception as error:  # whatever a listener raises is what `failed` is for; aiokafka would swallow it
+            log.exception("a rebalance callback of group %s failed", self._group)
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._failure is not None and not self._failure.done():
+            self._failure.set_result(error)
+
+
+class _Callbacks(ConsumerRebalanceListener):  # type: ignore[misc,unused-ignore]
+    """aiokafka's listener: everything in it lands in `_call`, so nothing is swallowed."""
+
+    def __init__(self, membership: KafkaMembership) -> None:
+        self._membership = membership
+
+    async def on_partitions_revoked(self, _revoked: Collection[Any]) -> None:
+        await self._membership._revoke()
+
+    async def on_partitions_assigned(self, assigned: Collection[Any]) -> None:
+        try:
+            await self._membership._assign(assigned)
+        except (KafkaError, TypeError) as error:  # from aiokafka's own pause
+            self._membership._fail(error)
