@@ -1,19 +1,26 @@
-"""Write a feed into its topic, with a progress bar."""
+"""Write a feed into its topic, with a progress bar.
+
+python -m demo.feed --broker embedded://data/flights --injections data/injections.json
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import argparse
+import asyncio
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from demo.data import PARTITIONS, Feed
-from streamproc.core.errors import UserError
+from demo.data import PARTITIONS, Feed, make_feed
+from streamproc.core.clock import SystemClock
+from streamproc.core.errors import StreamprocError, UserError
 from streamproc.core.types import TopicPartition
 from streamproc.transport.contract import OutRecord, TopicSpec, Transport
 
-__all__ = ["write_feed"]
+__all__ = ["holds_feed", "main", "open_transport", "write_feed"]
 
 SEND_RECORDS: Final = 500
 """Records of one call to the transport."""
@@ -57,11 +64,23 @@ def _slices(feed: Feed, topic: str) -> Iterator[Slice]:
         yield part
 
 
+async def holds_feed(feed: Feed, transport: Transport, topic: str = "flights") -> bool:
+    """Whether each partition of ``topic`` ends where ``feed`` ends it: it has been written there, whole."""
+    if await transport.partitions(topic) != PARTITIONS:
+        return False
+    sizes = dict(feed.rows.group_by("partition").len().iter_rows())
+    return all(end == sizes.get(tp.partition, 0) for tp, end in (await _ends(transport, topic)).items())
+
+
 async def _require_empty(transport: Transport, topic: str) -> None:
+    for tp, end in (await _ends(transport, topic)).items():
+        if end > 0:
+            raise _not_alone(topic, tp, end, 0)
+
+
+async def _ends(transport: Transport, topic: str) -> dict[TopicPartition, int]:
     tps = [TopicPartition(topic, number) for number in range(PARTITIONS)]
-    for tp, offsets in (await transport.offsets(tps)).items():
-        if offsets.end > 0:
-            raise _not_alone(topic, tp, offsets.end, 0)
+    return {tp: offsets.end for tp, offsets in (await transport.offsets(tps)).items()}
 
 
 def _not_alone(topic: str, tp: TopicPartition, found: int, expected: int) -> UserError:
@@ -69,3 +88,53 @@ def _not_alone(topic: str, tp: TopicPartition, found: int, expected: int) -> Use
         f"Partition {tp.partition} of topic {topic} ends at offset {found} where the feed expects {expected}.",
         remedy="Delete the topic (or the embedded log's folder), and let only one feed write to it.",
     )
+
+
+def open_transport(broker: str) -> Transport:
+    """The log that a broker URL names, as an app's ``broker`` does; not started."""
+    scheme, _, rest = broker.partition("://")
+    # Imported here, so that neither needs the other's libraries.
+    if scheme == "embedded" and rest:
+        from streamproc.transport.embedded import EmbeddedTransport
+
+        return EmbeddedTransport(Path(rest), SystemClock())
+    if scheme == "kafka" and rest:
+        from streamproc.transport.kafka import KafkaTransport
+
+        return KafkaTransport(rest.split(","), SystemClock(), client_id="streamproc-feed")
+    raise UserError(f"--broker {broker} is not a log.", remedy="Write kafka://HOST:PORT or embedded://PATH.")
+
+
+async def _run(arguments: argparse.Namespace) -> str:
+    feed = make_feed(arguments.days)
+    transport = open_transport(arguments.broker)
+    await transport.start()
+    try:
+        if arguments.once and await holds_feed(feed, transport, arguments.topic):
+            outcome = f"{arguments.topic} holds the feed already."
+        else:
+            await write_feed(feed, transport, arguments.topic)
+            outcome = f"{len(feed.rows):,} records are in {arguments.topic}."
+    finally:
+        await transport.stop()
+    if arguments.injections is not None:
+        feed.save_injections(arguments.injections)
+    return outcome
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exit code 0: the topic holds the whole feed."""
+    parser = argparse.ArgumentParser(prog="python -m demo.feed", description="Write the flights into their topic.")
+    parser.add_argument("--broker", default="embedded://data/flights", help="kafka://HOST:PORT or embedded://PATH")
+    parser.add_argument("--topic", default="flights")
+    parser.add_argument("--days", type=int, help="only the first so many days, at least 10")
+    parser.add_argument("--injections", type=Path, help="write what was injected to this file")
+    parser.add_argument("--once", action="store_true", help="do nothing if the topic holds the feed already")
+    try:
+        print(asyncio.run(_run(parser.parse_args(argv))))
+    except (StreamprocError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -37,8 +37,7 @@ TEXTS: Final = ("carrier", "tailnum", "origin", "dest")
 
 
 class Flight(NamedTuple):
-    """One row of the raw file, as far as the job looks at it; ``fields`` holds every column as the job's schema has
-    it."""
+    """One row of the raw file, as far as the job looks at it."""
 
     event_time: int
     identity: tuple[int, str, int]
@@ -47,7 +46,19 @@ class Flight(NamedTuple):
     tailnum: str | None
     dep_delay: int | None
     cancelled: bool
-    fields: Row
+    line: dict[str, str]
+    """The row as it is written."""
+    altered: dict[str, int]
+    """What an absurd record says instead."""
+
+    def fields(self) -> Row:
+        """Every column as the job's schema has it; times in milliseconds."""
+        row: Row = {
+            name: None if text == "NA" else text if name in TEXTS else int(text)
+            for name, text in self.line.items()
+            if name != "time_hour"
+        }
+        return {**row, "time_hour": self.identity[0], "scheduled": self.event_time, **self.altered}
 
 
 class LateRecord(NamedTuple):
@@ -161,17 +172,18 @@ def read_flights() -> list[Flight]:
 
 
 def _flight(line: dict[str, str]) -> Flight:
-    fields: Row = {
-        name: None if text == "NA" else text if name in TEXTS or name == "time_hour" else int(text)
-        for name, text in line.items()
-    }
-    hour = _milliseconds(line["time_hour"])
-    fields["time_hour"], fields["scheduled"] = hour, hour + fields["minute"] * MINUTE
-    identity = (hour, fields["carrier"], fields["flight"])
+    hour, delay, tailnum = _milliseconds(line["time_hour"]), line["dep_delay"], line["tailnum"]
     return Flight(
-        fields["scheduled"], identity, fields["carrier"], fields["origin"], fields["tailnum"],
-        fields["dep_delay"], fields["dep_time"] is None, fields,
-    )  # fmt: skip
+        event_time=hour + int(line["minute"]) * MINUTE,
+        identity=(hour, line["carrier"], int(line["flight"])),
+        carrier=line["carrier"],
+        origin=line["origin"],
+        tailnum=None if tailnum == "NA" else tailnum,
+        dep_delay=None if delay == "NA" else int(delay),
+        cancelled=line["dep_time"] == "NA",
+        line=line,
+        altered={},
+    )
 
 
 _HOURS: dict[str, int] = {}
@@ -218,11 +230,12 @@ def expect(injections: Mapping[str, Any], flights: Sequence[Flight] | None = Non
 def _dead_letter(entry: Mapping[str, Any], partition: int, offset: int, flight: Flight) -> DeadLetter | None:
     if entry["kind"] == "corrupt":
         return DeadLetter(partition, offset, f"corrupt: {entry['how']}", bytes.fromhex(entry["hex"]), None)
-    fields = {**flight.fields, entry["column"]: entry["delay"]}
+    flight = flight._replace(altered={entry["column"]: entry["delay"]})
+    fields = flight.fields()
     for column in DELAYS:
         delay = fields[column]
         if delay is not None and not DELAY_RANGE[0] <= delay <= DELAY_RANGE[1]:
-            return DeadLetter(partition, offset, f"{column} sane", None, flight._replace(fields=fields))
+            return DeadLetter(partition, offset, f"{column} sane", None, flight)
     return None
 
 

@@ -86,7 +86,7 @@ class App(faust.App):
         self.failure: WorkerFailure | None = None
         self.commit_interval_s = milliseconds(commit_interval, setting="commit_interval") / 1000
         self._schemas_folder = Path(schemas)
-        self._state_store = store
+        self._state_store, self._broker = store, broker
         self._declared: dict[str, Topic] = {}
         options.pop("processing_guarantee", None)  # always exactly once; Faust's own machinery for it must stay off
         bind = options.setdefault("web_bind", "127.0.0.1")
@@ -178,7 +178,7 @@ class App(faust.App):
         urls = [str(url) for url in self.conf.broker]
         schemes = {urlsplit(url).scheme for url in urls}
         if schemes == {"embedded"}:
-            return EmbeddedTransport(Path(urls[0].removeprefix("embedded://")), self.clock)
+            return EmbeddedTransport(Path(self._embedded_path(urls[0])), self.clock)
         if schemes == {"kafka"}:
             from streamproc.transport.kafka import KafkaTransport
 
@@ -190,6 +190,11 @@ class App(faust.App):
             )  # fmt: skip
         raise UserError(f"broker={';'.join(urls)!r} is not a log streamproc knows.",
                         remedy="Write kafka://HOST:PORT or embedded://PATH.")  # fmt: skip
+
+    def _embedded_path(self, url: str) -> str:
+        """The path as the user wrote it: a URL parser takes its first folder for a host and drops empty ones."""
+        given = self._broker.removeprefix("embedded://")
+        return given if given != self._broker else url.removeprefix("embedded:").removeprefix("//")
 
     def open_store(self, folder: Path) -> Store:
         """The local store of one task."""

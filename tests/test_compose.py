@@ -1,4 +1,4 @@
-"""The compose file and the image it builds are what operators expect: valid, pinned, limited, watched and without root."""
+"""The compose file and the image it builds are what operators expect: valid, pinned, limited, watched, not root."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import fastavro
@@ -16,7 +17,7 @@ import polars as pl
 import pytest
 
 from demo.data import CORRUPTIONS, SCHEMAS, Feed, flights, make_feed
-from demo.feed import write_feed
+from demo.feed import holds_feed, main, open_transport, write_feed
 from streamproc.core.errors import UserError
 from streamproc.core.partitioner import partition_of
 from streamproc.core.types import Offset, TopicPartition
@@ -180,6 +181,9 @@ class MemoryLog:
     async def create_topics(self, specs: Sequence[TopicSpec]) -> None:
         self.topics.update({spec.name: spec for spec in specs})
 
+    async def partitions(self, topic: str) -> int | None:
+        return self.topics[topic].partitions if topic in self.topics else None
+
     async def offsets(self, tps: Sequence[TopicPartition]) -> dict[TopicPartition, PartitionOffsets]:
         ends = {tp: Offset(len(self.logs.get(tp, ()))) for tp in tps}
         return {tp: PartitionOffsets(Offset(0), end, end) for tp, end in ends.items()}
@@ -206,3 +210,53 @@ def test_feeding_a_topic_that_is_not_empty_is_refused() -> None:
     log.logs[TopicPartition("flights", 2)] = [OutRecord(None, b"x")]
     with pytest.raises(UserError, match="Partition 2 of topic flights ends at offset 1 where the feed expects 0"):
         asyncio.run(write_feed(feed(), cast(Transport, log), quiet=True))
+
+
+def test_a_topic_that_holds_the_feed_is_told_from_one_that_does_not() -> None:
+    log = MemoryLog()
+    assert not asyncio.run(holds_feed(feed(), cast(Transport, log)))
+    asyncio.run(write_feed(feed(), cast(Transport, log), quiet=True))
+    assert asyncio.run(holds_feed(feed(), cast(Transport, log)))
+    log.logs[TopicPartition("flights", 0)].pop()
+    assert not asyncio.run(holds_feed(feed(), cast(Transport, log)))
+
+
+def test_command_writes_an_embedded_log_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broker = f"embedded://{tmp_path / 'log'}"
+    arguments = ["--broker", broker, "--days", str(DAYS), "--injections", str(tmp_path / "list.json")]
+    main(arguments)
+    assert f"{len(feed().rows):,} records are in flights." in capsys.readouterr().out
+    assert json.loads((tmp_path / "list.json").read_text()) == feed().injections
+    main([*arguments, "--once"])
+    assert "holds the feed already" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="where the feed expects 0"):
+        main(arguments)
+
+
+async def _read_back(broker: str) -> dict[TopicPartition, list[tuple[bytes | None, int]]]:
+    transport = open_transport(broker)
+    await transport.start()
+    found: dict[TopicPartition, list[tuple[bytes | None, int]]] = {}
+    try:
+        tps = [TopicPartition("flights", number) for number in range(4)]
+        for tp, offsets in (await transport.offsets(tps)).items():
+            found[tp] = []
+            async for batch in transport.read(tp, offsets.begin, offsets.end):
+                found[tp] += [(batch.value(row), int(batch.timestamps[row])) for row in range(len(batch))]
+    finally:
+        await transport.stop()
+    return found
+
+
+def test_an_embedded_log_gives_the_feed_back(tmp_path: Path) -> None:
+    broker = f"embedded://{tmp_path / 'log'}"
+    main(["--broker", broker, "--days", str(DAYS)])
+    found = asyncio.run(_read_back(broker))
+    for tp, records in found.items():
+        part = feed().rows.filter(pl.col("partition") == tp.partition)
+        assert records == list(part.select("value", "timestamp_ms").iter_rows())
+
+
+def test_a_broker_that_is_no_log_is_refused_with_the_remedy() -> None:
+    with pytest.raises(SystemExit, match="kafka://HOST:PORT or embedded://PATH"):
+        main(["--broker", "localhost:9092", "--days", str(DAYS)])

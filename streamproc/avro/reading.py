@@ -86,7 +86,7 @@ class Reading:
         """Groups in no order, rows ascending within each; the bad records ascending."""
         buffer = _with_slack(batch)
         ids = np.empty(len(batch), np.int64)
-        whole = kernel.split(buffer, batch.value_start, batch.value_len, ids)
+        whole = kernel.split(buffer, *_spans(batch), ids)
         invariant(whole, f"A record of {batch.tp} lies outside of its buffer.")
         groups: list[Group] = []
         bad: list[BadRecord] = []
@@ -185,9 +185,13 @@ def _distinct(ids: I64) -> list[int]:
     return found
 
 
+def _spans(batch: RawBatch) -> tuple[I64, I64]:
+    return np.ascontiguousarray(batch.value_start), np.ascontiguousarray(batch.value_len)
+
+
 def _payloads(batch: RawBatch, rows: I64) -> tuple[I64, I64]:
     """Where the Avro bytes of the rows begin and end."""
-    starts, lengths = batch.value_start, batch.value_len
+    starts, lengths = _spans(batch)
     if len(rows) < len(batch):
         starts, lengths = starts[rows], lengths[rows]
     return starts + HEADER_BYTES, starts + lengths
@@ -204,7 +208,7 @@ def _unframed(batch: RawBatch, row: int, code: int) -> str:
 def _with_slack(batch: RawBatch) -> U8:
     """The batch's buffer with `BUFFER_SLACK` behind its last record, whoever made it; addressable by 31 bits."""
     ends = batch.value_start + np.maximum(batch.value_len, 0)
-    buffer = np.ascontiguousarray(batch.buffer)
+    buffer = np.require(batch.buffer, requirements=["C", "W"])  # One kind of array, or numba compiles for another.
     if len(ends) and int(ends.max()) + BUFFER_SLACK > len(buffer):
         buffer = np.concatenate([buffer, np.zeros(BUFFER_SLACK, np.uint8)])
     invariant(len(buffer) < 1 << 31, f"A batch of {batch.tp} is larger than 2 GiB.")

@@ -401,8 +401,8 @@ def parse(tp: TopicPartition, data: bytes, *, position: Offset, aborted: Iterabl
     """All readable records at or after ``position`` of a record set, which may end in a batch that was cut off.
 
     ``aborted`` are the fetch's aborted transactions (producer id, first offset): their records are dropped, as are
-    control batches. ``next_position`` lies behind the last whole batch, whether or not anything of it was readable; what
-    unpacks to more than `DECOMPRESSED_BATCH_BYTES_MAX` is left for the next fetch. Raises `CorruptBatch`.
+    control batches. ``next_position`` lies behind the last whole batch, whether or not anything of it was readable;
+    what comes after `DECOMPRESSED_BATCH_BYTES_MAX` of unpacked bytes is left for the next fetch. Raises `CorruptBatch`.
     """
     walk = _Walk(tp, data, position, aborted)
     sections = np.array(walk.sections, np.int64).reshape(-1, _SECTION_FIELDS)

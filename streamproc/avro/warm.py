@@ -9,7 +9,7 @@ from streamproc.avro.registry import UnknownSchema
 from streamproc.avro.rows import RowDecoder
 from streamproc.avro.schema import Schema, parse_schema
 from streamproc.avro.wire import frame
-from streamproc.core.batch import RawBatch
+from streamproc.core.batch import BUFFER_SLACK, RawBatch
 from streamproc.core.hash128 import combine, hash_int64, hash_texts
 from streamproc.core.types import Offset, TopicPartition
 
@@ -36,9 +36,9 @@ class _One:
 def warm_up() -> None:
     """Blocks for some seconds when nothing is cached, else for some tenths; may run in a thread. Idempotent."""
     schema = parse_schema(_SCHEMA, source="warm-up")
-    value = np.frombuffer(frame(0, b"\x02a") + bytes(8), np.uint8)
+    value = np.frombuffer(bytearray(frame(0, b"\x02a") + bytes(BUFFER_SLACK)), np.uint8)
     one, none = np.zeros(1, np.int64), np.full(1, -1, np.int64)
-    length = np.full(1, len(value) - 8, np.int64)
+    length = np.full(1, len(value) - BUFFER_SLACK, np.int64)
     batch = RawBatch(
         TopicPartition("warm-up", 0), value, one, one, one, none, one, length, length, length, Offset(1)
     )  # fmt: skip

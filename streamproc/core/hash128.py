@@ -221,7 +221,8 @@ def combine(columns: Sequence[Hashes]) -> Hashes:
 def _hash_bytes_series(series: pl.Series) -> Hashes:
     lengths = series.bin.size().cast(pl.Int64)
     sizes = lengths.fill_null(0).to_numpy()
-    joined = b"".join(value for value in series.to_list() if value)
+    # A bytearray, because numba compiles once more for arrays that cannot be written.
+    joined = bytearray().join(value for value in series.to_list() if value)
     starts = np.cumsum(sizes) - sizes
     return hash_spans(np.frombuffer(joined, np.uint8), starts.astype(np.int64), lengths.fill_null(-1).to_numpy())
 

@@ -74,7 +74,7 @@ class PartialAggregator:
 
     def drain(self, source: int, sources: int, epoch: int, watermark: int, idle: bool) -> list[Partial]:
         """What this epoch ships, from the task ``source`` of ``sources``: a `Partial` for every destination that has
-        rows, and for all destinations if the watermark or the idle flag changed since the last drain (or none is known)."""
+        rows, and for all destinations if watermark or idle flag changed since the last drain (or none is known)."""
         changed = (watermark, idle) != self._shipped
         self._shipped = (watermark, idle)
         head = PartialHeader(FORMAT, self._plan.name, source, sources, epoch, 0, 1, watermark, idle)

@@ -102,7 +102,7 @@ def limb_range(bits: U64) -> Any:
     for i in range(len(bits)):
         exponent = np.int64((bits[i] >> _U52) & _EXPONENT)
         if exponent != 0x7FF and bits[i] << _U1 != _U0:
-            limb = int(max(exponent - 1, 0)) >> 5
+            limb = max(int(exponent) - 1, 0) >> 5
             lowest, highest = min(lowest, limb), max(highest, limb + 2)
     return lowest, highest
 
@@ -123,7 +123,7 @@ def add_limbs(gids: I64, bits: U64, base: int, limbs: NDArray[np.int64], special
             fraction |= _HIDDEN
         elif fraction == _U0:
             continue
-        place = int(max(exponent - 1, 0))
+        place = max(int(exponent) - 1, 0)
         shift = np.uint64(place) & _U31
         at = (place >> 5) - base
         below, above = (fraction & _LOW32) << shift, (fraction >> _U32) << shift

@@ -486,7 +486,7 @@ class _WindowStep:
 def _set_aside(
     frame: pl.DataFrame, failed: Mask | None, overflow: Mask | None, what: str, side: _Side, but: Mask | None = None
 ) -> Mask | None:
-    """Dead letters for the rows whose expression has no right value, but for those in ``but``: they are some already."""
+    """Dead letters for the rows whose expression has no right value, save those in ``but``: they have one already."""
     if failed is None and overflow is None:
         return None
     none = np.zeros(frame.height, np.bool_)

@@ -47,8 +47,8 @@ class LateAggregate(NamedTuple):
     """The row as a partial of its own, to be merged by the owner if it is sent back."""
 
     def headers(self) -> Headers:
-        """The late output's headers, numbers as decimal text: see `contract.SideRecord`. ``sp-partition`` is the upstream
-        task, ``sp-offset`` its epoch: an aggregate has no offset of its own."""
+        """The late output's headers, numbers as decimal text: see `contract.SideRecord`. ``sp-partition`` is the
+        upstream task, ``sp-offset`` its epoch: an aggregate has no offset of its own."""
         named: dict[str, object] = {
             "sp-reason": "late aggregate",
             "sp-partition": self.source,
@@ -110,7 +110,7 @@ class WindowTable:
         return [self._late(header, rows, at, watermark) for at, start in enumerate(starts) if start in late]
 
     def advance(self, watermark: int, epoch: int) -> None:
-        """Windows that ``watermark`` has passed become closed or final, and every row of theirs is changed by ``epoch``."""
+        """Windows that ``watermark`` has passed become closed or final; ``epoch`` has changed every row of theirs."""
         for start, before in list(self._live.items()):
             end = window_end(start, self._plan.window)
             state = state_at(end, self._plan.allowed_lateness_ms, watermark)
@@ -118,7 +118,7 @@ class WindowTable:
                 self._move(start, state, epoch)
 
     def collect(self, epoch: int) -> None:
-        """Write the rows that ``epoch`` has changed, and what is new of their distinct values. Once, last in an epoch."""
+        """Write the rows that ``epoch`` has changed and what is new of their distinct values. Last in an epoch."""
         for key, row in self._dirty.items():
             start = window_start_of(key)
             row.state, row.epoch = self._live.get(start, WindowState.FINAL), epoch
@@ -238,6 +238,6 @@ class WindowTable:
             self._sets.forget(prefix)
 
     def _final_epoch(self, start: int) -> int:
-        """Epoch of a final window's last change: the one that made it final changed all its rows, and none came after."""
+        """Epoch of a final window's last change: that which made it final changed all its rows, none came after."""
         _, value = next(iter(self._state.scan(*window_range(start))))
         return self._layout.stamp(value)[1]

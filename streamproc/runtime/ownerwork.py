@@ -72,7 +72,10 @@ class OwnerWork(Work):
 
     def collect(self, epoch: int) -> None:
         self.table.advance(self._clock.watermark, epoch)
-        self.table.expire(self._clock.watermark, self._sinks_epoch)
+        if self._clock.watermark != END_OF_TIME:
+            # The end of a bounded input says that no more records come, not that time has passed: rows stay.
+            self.table.expire(self._clock.watermark, self._sinks_epoch)
+        self.table.collect(epoch)
 
     def outputs(self) -> dict[TopicPartition, list[OutRecord]]:
         return {TopicPartition(self.plan.late_topic, self.tp.partition): list(self._late)} if self._late else {}
@@ -111,14 +114,4 @@ class OwnerWork(Work):
 
 def _late_record(late: LateAggregate) -> OutRecord:
     """A late aggregate: the row as a partial of its own, so that it can be merged if it is sent back."""
-    headers = {
-        "sp-kind": "aggregate",
-        "sp-reason": "the window was final when the partial came",
-        "sp-table": late.table,
-        "sp-window-start": str(late.window_start),
-        "sp-window-end": str(late.window_end),
-        "sp-late-by-ms": str(late.late_by_ms),
-        "sp-partition": str(late.source),
-        "sp-epoch": str(late.epoch),
-    }
-    return OutRecord(late.keys, late.payload, tuple((name, text.encode()) for name, text in headers.items()))
+    return OutRecord(late.keys, late.payload, late.headers())

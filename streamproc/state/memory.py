@@ -38,6 +38,7 @@ class MemoryStore:
             yield keys[at], rows[keys[at]]
 
     def write(self, writes: Writes, meta: StoreMeta) -> None:
+        invariant(all(writes.puts) and b"\x00" not in writes.puts, "A row's key has no table prefix.")
         for start, stop in writes.ranges:
             lo, hi = self._span(start, stop)
             self._forget(self._keys[lo:hi])

@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -173,8 +172,14 @@ class RocksDBStore:
             bounds = ReadOptions()
             if stop is not None:
                 bounds.set_iterate_upper_bound(stop)
-            rows: Iterator[Any] = iter(db.items(from_key=start, read_opt=bounds))
-            return list(islice(rows, SCAN_PAGE_ROWS))
+            rows, page = db.iter(bounds), list[tuple[bytes, bytes]]()
+            rows.seek(start)
+            valid, key, value, step = rows.valid, rows.key, rows.value, rows.next
+            while len(page) < SCAN_PAGE_ROWS and valid():
+                page.append((key(), value()))
+                step()
+            rows.status()  # raises: an iterator also ends, silently, at a block it cannot read
+            return page
 
         return self._call(read)
 

@@ -105,11 +105,14 @@ class Topics:
 
     def create(self, specs: Sequence[TopicSpec]) -> None:
         """Make the missing ones, all or none; check the others for drift."""
+        missing: list[TopicSpec] = []
         for spec in specs:
             _check_spec(spec)
             if spec.name in self._counts:
                 self._check_drift(spec)
-        missing = [spec for spec in specs if spec.name not in self._counts]
+            elif spec not in missing:
+                missing.append(spec)
+        _check_once(missing)
         if not missing:
             return
         with self._file.write() as db:
@@ -141,6 +144,17 @@ class Topics:
                     f"Topic {spec.name!r} has {name}={found}, the app wants {wanted}.",
                     remedy="Declare it as it is, or give the app a new topic name.",
                 )
+
+
+def _check_once(specs: Sequence[TopicSpec]) -> None:
+    seen: set[str] = set()
+    for spec in specs:
+        if spec.name in seen:
+            raise UserError(
+                f"Topic {spec.name!r} is declared twice, with different partitions or settings.",
+                remedy="Declare it once.",
+            )
+        seen.add(spec.name)
 
 
 def _check_spec(spec: TopicSpec) -> None:

@@ -60,8 +60,8 @@ class KafkaFetcher:
     """`Fetcher` over Kafka.
 
     A broker that is down is tried for ever, with back-off and a line in the log for each new reason; `get` raises
-    `BrokerUnavailable` for every `limits.FETCH_OUTAGE_S` in which a resumed partition had no answer, and may then simply
-    be called again. `at_end` is false from the first failed fetch to the next answer.
+    `BrokerUnavailable` for every `limits.FETCH_OUTAGE_S` in which a resumed partition had no answer, and may then
+    simply be called again. `at_end` is false from the first failed fetch to the next answer.
 
     Bounds: `limits.FETCH_PARTITION_BYTES_MAX` a partition and request, and nothing more is asked for beyond
     `limits.FETCH_BUFFER_BYTES_MAX` buffered (counted decompressed, so one round of answers may pass it).
@@ -240,8 +240,8 @@ class KafkaFetcher:
         reading.failures, reading.failing_since, reading.why = 0, None, ""
 
     def _take(self, reading: _Reading, records: bytes, aborted: Sequence[tuple[int, int]], *, nothing: bool) -> None:
-        """``nothing``: the whole answer holds no record. A broker that has any sends one batch whatever the size limit, so
-        there is none up to the last stable offset."""
+        """``nothing``: the whole answer holds no record. A broker that has any sends one batch whatever the size limit,
+        so there is none up to the last stable offset."""
         position = reading.position
         if records:
             try:

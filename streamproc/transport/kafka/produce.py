@@ -110,7 +110,8 @@ class Writing:
 
     async def _exchange(self, node: int, tps: list[TopicPartition]) -> str | None:
         """One request; None if all of it was taken, else why some must be sent again."""
-        sending, size = [], 0
+        sending: list[tuple[TopicPartition, tuple[int, bytes]]] = []
+        size = 0
         for tp in tps:
             data = self._queues[tp][0].data
             if sending and size + len(data) > limits.PRODUCE_REQUEST_BYTES_MAX:
