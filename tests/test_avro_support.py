@@ -82,7 +82,9 @@ SCALARS: list[tuple[Any, st.SearchStrategy[Any]]] = [
 @st.composite
 def types_with_values(draw: st.DrawFn, depth: int = 2) -> tuple[Any, st.SearchStrategy[Any]]:
     """An Avro type and a strategy for its values."""
-    kind = draw(st.sampled_from(["scalar"] * 4 + ["nullable", "enum", "fixed"] + ["array", "map", "record"] * (depth > 0)))
+    kind = draw(
+        st.sampled_from(["scalar"] * 4 + ["nullable", "enum", "fixed"] + ["array", "map", "record"] * (depth > 0))
+    )
     name = f"N{draw(st.uuids()).hex}"
     if kind == "scalar":
         return draw(st.sampled_from(SCALARS))

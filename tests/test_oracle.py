@@ -75,13 +75,16 @@ def dead_letters() -> list[Side]:
         "corrupt: wrong magic": "wrong magic byte 7",
         "corrupt: not avro": "wrong magic byte 123",
         "corrupt: unknown schema": "unknown schema id 9999",
-        "corrupt: trailing bytes": "3 trailing bytes",
+        "corrupt: trailing bytes": "trailing bytes: 3",
+        "corrupt: garbage": "union index 5 of 2, field dep_time",
+        "corrupt: long varint": "varint longer than 64 bits, field year",
+        "corrupt: wide int": "int 4294967296 beyond 32 bits, field year",
     }
     return [
         (
             0,
             {
-                "sp-reason": reasons.get(letter.reason, letter.reason.removeprefix("corrupt: ")).encode(),
+                "sp-reason": reasons.get(letter.reason, letter.reason).encode(),
                 "sp-partition": str(letter.partition).encode(),
                 "sp-offset": str(letter.offset).encode(),
             },

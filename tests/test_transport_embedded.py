@@ -18,9 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.register_assert_rewrite("contract.transport_suite")
+pytest.register_assert_rewrite("contract.transport_kit", "contract.transport_suite")
 
-from contract.transport_suite import OpenTransport, TransportContract, read_values, rows_of  # noqa: E402
+from contract.transport_kit import read_values, rows_of  # noqa: E402
+from contract.transport_suite import OpenTransport, TransportContract  # noqa: E402
 
 from streamproc.core.clock import Clock, SystemClock  # noqa: E402
 from streamproc.core.errors import BrokerUnavailable, ProduceRefused, ProducerFenced, UserError  # noqa: E402
@@ -308,19 +309,21 @@ def test_compaction_keeps_the_last_record_of_each_key_at_its_offset(tmp_path: Pa
             producer = transport.producer("open")
             await producer.fence()
             await producer.produce({ONE: [OutRecord(b"k1", b"open")]})
+            await transport.send({ONE: [OutRecord(b"k2", b"later")]})  # behind the last stable offset: not yet
             assert await transport.compact("t") == 8
             expected = [(7, b"k1", b"7"), (8, b"k2", b"8"), (10, b"k0", None), (11, b"old", b"x")]
             assert await shown(transport, 12) == expected
-            assert (await transport.offsets([ONE]))[ONE] == (0, 12, 13)
+            assert (await transport.offsets([ONE]))[ONE] == (0, 12, 14)
             await producer.end(commit=True)
-            assert await transport.compact("t") == 1
-            assert await shown(transport, 14) == [*expected[1:], (12, b"k1", b"open")]
+            assert await transport.compact("t") == 2
+            tail = [(12, b"k1", b"open"), (13, b"k2", b"later")]
+            assert await shown(transport, 15) == [*expected[2:], *tail]
             await clock.advance(61)
             assert await transport.compact("t") == 1
-            assert await shown(transport, 14) == [expected[1], expected[3], (12, b"k1", b"open")]
+            assert await shown(transport, 15) == [expected[3], *tail]
         async with embedded(tmp_path / "log", clock) as transport:
-            assert await shown(transport, 14) == [expected[1], expected[3], (12, b"k1", b"open")]
-            assert (await transport.offsets([ONE]))[ONE] == (0, 14, 14)
+            assert await shown(transport, 15) == [expected[3], *tail]
+            assert (await transport.offsets([ONE]))[ONE] == (0, 15, 15)
 
     async def shown(transport: EmbeddedTransport, stop: int) -> list[tuple[int, bytes | None, bytes | None]]:
         batches = [batch async for batch in transport.read(ONE, Offset(0), Offset(stop))]
@@ -485,6 +488,30 @@ def test_a_waiting_reader_has_no_timer_and_wakes_with_the_write_to_its_partition
     run(scenario)
 
 
+@pytest.mark.parametrize("how", ["abort", "fence", "expire"])
+def test_offsets_that_a_reader_has_passed_are_never_given_again(tmp_path: Path, how: str) -> None:
+    async def scenario() -> None:
+        clock = ManualClock()
+        async with embedded(tmp_path / "log", clock) as transport:
+            await transport.create_topics([TOPIC])
+            producer = transport.producer("task")
+            await producer.fence()
+            await producer.produce({ONE: [OutRecord(b"k", b"gone"), OutRecord(b"k", b"gone")]})
+            if how == "abort":
+                await producer.end(commit=False)
+            elif how == "fence":
+                await transport.producer("task").fence()
+            else:
+                await asyncio.sleep(0)
+                await clock.advance(TRANSACTION_TIMEOUT_MS / 1000)
+            passed = (await transport.offsets([ONE]))[ONE]
+            assert passed == (0, 3, 3)
+        async with embedded(tmp_path / "log", clock) as transport:
+            assert (await transport.offsets([ONE]))[ONE] == passed
+
+    run(scenario)
+
+
 class Model:
     """What the log must show, in the plainest words: per partition, what took each offset."""
 
@@ -562,7 +589,8 @@ def test_any_order_of_transactions_and_reopenings_shows_what_the_model_shows(
                     for fresh in producers:
                         await fresh.fence()
                     model.crash()
-                await check(log.transport, model, tp, count if act == "read" else 0)
+                for each in (ONE, TWO):
+                    await check(log.transport, model, each, count if act == "read" else 0)
                 number += count
             await log.transport.stop()
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -101,6 +101,12 @@ async def values_in(transport: KafkaTransport, tp: TopicPartition, start: int = 
     return [(batch.value(i) or b"").decode() for batch in batches for i in range(len(batch))]
 
 
+async def first_offset(transport: KafkaTransport, tp: TopicPartition) -> int:
+    async for batch in transport.read(tp, Offset(0), (await transport.offsets([tp]))[tp].end):
+        return int(batch.offsets[0])
+    return 0
+
+
 @pytest.mark.kafka
 class TestSizes:
     def test_a_record_larger_than_the_fetch_size_comes_whole_beside_a_busy_partition(self, kafka: KafkaServer) -> None:
@@ -165,11 +171,11 @@ class TestSizes:
                 for i in range(20):
                     await transport.send({tp: [OutRecord(b"same", str(i).encode())]})
                 async with asyncio.timeout(WAIT_S):
-                    while (await values_in(transport, tp))[0] == "0":
+                    while await first_offset(transport, tp) <= 5:
                         await transport.send({tp: [OutRecord(b"same", b"again")]})
                         await asyncio.sleep(0.1)
-                # Record 5 is gone; whoever stored it as a position reads on behind the hole, and up to inside it.
-                assert (await values_in(transport, tp, 5))[-1] == "again"
+                # Offsets 0 to 5 are gone: a position in the hole reads on behind it, and a stop in it is reached.
+                assert await values_in(transport, tp, 3) == await values_in(transport, tp)
                 assert [batch async for batch in transport.read(tp, Offset(2), Offset(5))] == []
 
         asyncio.run(scenario())
@@ -352,7 +358,7 @@ class TestOutages:
                 await asyncio.to_thread(mortal.kill)
                 await asyncio.to_thread(mortal.start)
                 async with asyncio.timeout(WAIT_S):
-                    while not await membership.confirm():
+                    while not await membership.confirm():  # noqa: ASYNC110 - a broker sends no event
                         await asyncio.sleep(0.1)
                 await asyncio.to_thread(mortal.kill)
                 await membership.stop()
@@ -362,10 +368,9 @@ class TestOutages:
         asyncio.run(scenario())
 
 
-async def until(condition: object) -> None:
-    assert callable(condition)
+async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(WAIT_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - a broker sends no event
             await asyncio.sleep(0.01)
 
 

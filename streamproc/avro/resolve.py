@@ -170,8 +170,12 @@ class _Resolver:
         return Branches(path, branches)
 
     def into_union(self, writer: AvroType, reader: Union, path: str) -> Node:
-        """The first branch of the reader that the writer's type resolves to."""
-        for branch in reader.branches:
+        """The first branch of the reader that the writer's type resolves to, one of the same kind before a wider one.
+
+        The specification has just the first; then a long written as ``["double", "long"]`` would be read as a double by
+        its own schema. Apache's Java implementation prefers the same kind too.
+        """
+        for branch in sorted(reader.branches, key=lambda branch: branch.kind != writer.kind):
             try:
                 return self.node(writer, branch, path)
             except Unresolvable:

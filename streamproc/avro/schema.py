@@ -144,6 +144,7 @@ def load_schema(path: str | Path) -> Schema:
         declared = json.loads(text)
     except ValueError as error:
         raise UserError(f"{source} is not JSON: {error}.", remedy="Mend the file; an .avsc file is JSON.") from error
+    _check_records(declared, source)
     try:
         return _schema(fastavro.parse_schema(declared), source)
     except UnknownType:
@@ -160,9 +161,23 @@ def parse_schema(declared: Mapping[str, Any] | str, *, source: str = "schema") -
     """A schema from JSON, as text or already parsed; ``source`` names it in the `UserError` if something is wrong."""
     try:
         loaded = json.loads(declared) if isinstance(declared, str) else json.loads(json.dumps(declared))
+        _check_records(loaded, source)
         return _schema(fastavro.parse_schema(loaded), source)
     except _REFUSED as error:
         raise _refusal(source, error) from error
+
+
+def _check_records(declared: Any, source: str) -> None:
+    """fastavro takes a record without fields for an empty one."""
+    if isinstance(declared, list):
+        for part in declared:
+            _check_records(part, source)
+    elif isinstance(declared, dict):
+        if declared.get("type") in ("record", "error") and not isinstance(declared.get("fields"), list):
+            fact = f"{source} is not a valid Avro schema: the record {declared.get('name')!r} has no list of fields."
+            raise UserError(fact, remedy='Give it "fields": [...].')
+        for key in ("type", "items", "values", "fields"):
+            _check_records(declared.get(key), source)
 
 
 _REFUSED: Final = (SchemaParseException, UnknownType, KeyError, TypeError, ValueError, AttributeError, RecursionError)

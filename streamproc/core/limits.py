@@ -74,7 +74,7 @@ HEARTBEAT_S: Final = 1.0
 REBALANCE_TIMEOUT_S: Final = 60.0
 """What `on_revoked` may take; above `BARRIER_TIMEOUT_S` and `RETRY_TOTAL_S` together."""
 STORE_MEMTABLE_BYTES: Final = 8 << 20
-"""RocksDB's write buffer, per task: small, so that sorted batches are merged while they are in the processor's cache."""
+"""RocksDB's write buffer, per task: small, so that sorted batches are merged while in the processor's cache."""
 STORE_CACHE_BYTES: Final = 64 << 20
 """Blocks of RocksDB held in memory, shared by all tasks of a worker."""
 STORE_OPEN_FILES_MAX: Final = 256
@@ -84,7 +84,7 @@ RESTORE_WRITE_BYTES_MAX: Final = 4 << 20
 CHANGELOG_RECORD_BYTES_MAX: Final = INTERNAL_BATCH_BYTES_MAX - 4_096
 """Key and value of one changelog record; the rest of a batch is its own head and the record's headers."""
 DEDUPE_BYTES_MAX: Final = 1 << 30
-"""Memory for the ids that one dedupe step of one task remembers: 18 million of them; half as much again while it grows."""
+"""Memory for the ids that one dedupe step of one task remembers: 18 million; half as much again while it grows."""
 DEDUPE_CHUNK_BYTES_MAX: Final = 256 << 10
 """Ids that one row of dedupe state holds."""
 AGENT_CANCEL_S: Final = 1.0

@@ -16,7 +16,7 @@ from streamproc.operators.accumulators import Accumulator, Distinct, Spans, accu
 from streamproc.operators.aggregates import check_plan
 from streamproc.operators.contract import Partial, PartialHeader
 from streamproc.operators.groups import GroupIndex
-from streamproc.operators.kernels import partitions_of
+from streamproc.operators.kernels import insert_hashes, partitions_of
 from streamproc.operators.partials import FORMAT, Column, encode_group_keys, encode_partial, int64_column, texts_column
 from streamproc.operators.plan import Agg, TablePlan
 
@@ -181,3 +181,4 @@ def warm_up() -> None:
     aggregator = PartialAggregator(plan)
     aggregator.add(pl.DataFrame({"i": [1, 2], "f": [1.0, 2.0]}), np.zeros(2, np.int64))
     aggregator.drain(0, 1, 1, 0, False)
+    insert_hashes(np.zeros((2, 2), np.uint64), np.ones((1, 2), np.uint64), np.empty(1, np.bool_))

@@ -169,7 +169,6 @@ class _FloatSum:
         add_limbs(gids, bits, self._base or 0, self._limbs, self._special)
 
     def columns(self, gids: I64) -> list[Column]:
-        carry_limbs(self._limbs)
         words = np.zeros((len(gids), self._limbs.shape[1] + 1), np.uint32)
         write_limbs(self._limbs, gids, words)
         base = np.full(len(gids), self._base or 0)

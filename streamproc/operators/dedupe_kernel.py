@@ -8,14 +8,13 @@ once (a table per bucket needs one each), and time going on costs nothing until 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping
-from typing import Any, Final, TypeVar, cast
+from collections.abc import Iterable, MutableMapping
+from typing import Any, Final
 
 import numpy as np
-from numba import njit
 
 from streamproc.core.batch import I64, U8
-from streamproc.core.hash128 import U64
+from streamproc.core.hash128 import U64, compiled
 
 __all__ = [
     "DUPLICATE",
@@ -32,18 +31,12 @@ __all__ = [
     "rehash",
 ]
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 PASS: Final = 0
 DUPLICATE: Final = 1
 TOO_OLD: Final = 2
 EMPTY: Final = -(1 << 63)
 """Bucket of a slot that was never used; no event time lies in it."""
 _FIRST = EMPTY + 1
-
-
-def _compiled(function: F) -> F:
-    return cast(F, njit(cache=True, nogil=True)(function))
 
 
 def empty_slots(slots: int) -> I64:
@@ -53,7 +46,7 @@ def empty_slots(slots: int) -> I64:
     return table
 
 
-@_compiled
+@compiled
 def buckets_of(times: I64, width_ms: int) -> I64:
     """Bucket of each event time."""
     found = np.empty(len(times), np.int64)
@@ -62,7 +55,7 @@ def buckets_of(times: I64, width_ms: int) -> I64:
     return found
 
 
-@_compiled
+@compiled
 def oldest_of(watermark: int, width_ms: int, within_ms: int) -> int:
     """The oldest bucket remembered at a watermark: the least b with ``(b + 1) * width + within > watermark``, computed
     without an overflow."""
@@ -71,7 +64,7 @@ def oldest_of(watermark: int, width_ms: int, within_ms: int) -> int:
     return max((watermark - within_ms) // width_ms, _FIRST)
 
 
-@_compiled
+@compiled
 def admit(table: I64, used: int, limit: int, hi: U64, lo: U64, buckets: I64, watermarks: I64, width_ms: int,
           within_ms: int, at: int, verdicts: U8) -> tuple[int, int]:  # fmt: skip
     """Judge records from ``at`` on, in order, until the end or until ``limit`` slots are used.
@@ -120,7 +113,7 @@ def admit(table: I64, used: int, limit: int, hi: U64, lo: U64, buckets: I64, wat
     return len(hi), used
 
 
-@_compiled
+@compiled
 def insert(table: I64, used: int, hi: U64, lo: U64, bucket: int) -> int:
     """Remember ids of one bucket, as a restore does, the youngest bucket winning; returns how many slots are used.
 
@@ -139,7 +132,7 @@ def insert(table: I64, used: int, hi: U64, lo: U64, bucket: int) -> int:
     return used
 
 
-@_compiled
+@compiled
 def count_live(table: I64, oldest: int) -> int:
     """Slots whose bucket is ``oldest`` or younger."""
     live = 0
@@ -149,7 +142,7 @@ def count_live(table: I64, oldest: int) -> int:
     return live
 
 
-@_compiled
+@compiled
 def rehash(table: I64, into: I64, oldest: int) -> int:
     """Move what is still remembered into an empty table with room for it; returns how many slots are used."""
     mask = len(into) - 1

@@ -161,7 +161,7 @@ def require_columns(names: Iterable[str], columns: Iterable[str], *, what: str, 
     there = [name for name in columns if not name.startswith("__")]
     for name in sorted(names):
         if name not in there:
-            near = difflib.get_close_matches(name, there, n=3, cutoff=0.5)
+            near = difflib.get_close_matches(name, there, n=3, cutoff=0.6)
             hint = (
                 f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There are {', '.join(there) or 'none'}."
             )

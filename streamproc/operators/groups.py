@@ -45,7 +45,7 @@ class GroupIndex:
     @property
     def keys(self) -> pl.DataFrame:
         """Group keys; row i is group i + 1."""
-        return self._groups.select(self._keys)
+        return pl.DataFrame([self._groups.get_column(name) for name in self._keys])
 
     @property
     def window_starts(self) -> I64:

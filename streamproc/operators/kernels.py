@@ -151,12 +151,15 @@ def carry_limbs(limbs: NDArray[np.int64]) -> None:
 
 @compiled
 def write_limbs(limbs: NDArray[np.int64], gids: I64, out: U32) -> None:
-    """Carried rows ``gids`` as two's complement, least word first; ``out`` has one word more than a row of limbs."""
+    """Rows ``gids`` as two's complement, least word first; ``out`` has one word more than a row of limbs."""
     last = limbs.shape[1] - 1
     for i in range(len(gids)):
+        carry = np.int64(0)
         for j in range(last):
-            out[i, j] = np.uint32(limbs[gids[i], j])
-        top = np.uint64(limbs[gids[i], last])
+            total = limbs[gids[i], j] + carry
+            out[i, j] = np.uint32(total & 0xFFFFFFFF)
+            carry = total >> 32
+        top = np.uint64(limbs[gids[i], last] + carry)
         out[i, last] = np.uint32(top & _LOW32)
         out[i, last + 1] = np.uint32(top >> _U32)
 

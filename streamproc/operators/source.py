@@ -19,7 +19,6 @@ import numpy as np
 import polars as pl
 
 from streamproc.avro.decode import ROW, Decoded, Use, hash_names
-from streamproc.avro.wire import Unframed, unframe
 from streamproc.core.batch import I64, RawBatch
 from streamproc.core.errors import invariant
 from streamproc.core.hash128 import Hashes, combine, hash_series
@@ -32,6 +31,7 @@ from streamproc.operators.contract import KeyedState, Partial, SideRecord, Water
 from streamproc.operators.dedupe import DUPLICATE, PASS, TOO_OLD, DedupeOperator
 from streamproc.operators.expressions import Mask, RowExpr, check, evaluate
 from streamproc.operators.plan import Dedupe, Expect, Filter, Node, SourcePlan, TablePlan, WithColumns
+from streamproc.operators.side import side_record
 
 __all__ = ["BatchDecoder", "Collected", "Counters", "SourceProgram", "projection"]
 
@@ -355,20 +355,9 @@ class _Side:
         return taken
 
     def _put(self, kind: _Kind, topic: str, row: int, reason: str, schema_id: int | None, more: _Ours) -> None:
-        batch = self._batch
-        key, value, offset = batch.key(row), batch.value(row), int(batch.offsets[row])
-        ours: list[tuple[str, bytes]] = [
-            ("sp-reason", reason.encode()),
-            ("sp-topic", batch.tp.topic.encode()),
-            ("sp-partition", _text(batch.tp.partition)),
-            ("sp-offset", _text(offset)),
-        ]
-        schema_id = _schema_id(value) if schema_id is None else schema_id
-        if schema_id is not None:
-            ours.append(("sp-schema-id", _text(schema_id)))
-        ours.append(("sp-time-ms", _text(int(batch.timestamps[row]))))
-        record = SideRecord(kind, topic, key, value, (*batch.headers(row), *ours, *more), batch.tp, offset)
-        held = len(key or b"") + len(value or b"") + sum(len(name) + len(data or b"") for name, data in record.headers)
+        record = side_record(kind, self._batch, row, topic, reason, schema_id, more)
+        held = len(record.key or b"") + len(record.value or b"")
+        held += sum(len(name) + len(data or b"") for name, data in record.headers)
         self.size_bytes += held + _SIDE_OVERHEAD_BYTES
         self._records.append(record)
 
@@ -528,13 +517,6 @@ def _nodes(root: Node) -> Iterator[Node]:
 def _late_topics(node: Node) -> list[str]:
     """Late topics of the tables behind ``node``, each once."""
     return list(dict.fromkeys(table.late_topic for below in _nodes(node) for table in below.tables))
-
-
-def _schema_id(value: bytes | None) -> int | None:
-    try:
-        return unframe(value)[0]
-    except Unframed:
-        return None
 
 
 def _text(number: int) -> bytes:

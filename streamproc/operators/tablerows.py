@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
+import numpy as np
 import polars as pl
 
 from streamproc.core.errors import UserError, invariant
@@ -366,15 +367,15 @@ class TableRows:
 
     def _post(self, frame: pl.DataFrame) -> pl.DataFrame:
         """The plan's steps after the aggregation; a filter hides, it does not drop: a row may come back."""
-        visible = pl.Series(VISIBLE, [True]).new_from_index(0, len(frame))
+        visible = pl.Series(VISIBLE, np.ones(len(frame), np.bool_))
         for step in self.plan.post:
             if isinstance(step, Filter):
                 kept = frame.select(step.predicate.fill_null(False).alias(VISIBLE)).get_column(VISIBLE)
                 visible = visible & kept
             else:
                 frame = frame.with_columns(**step.columns)
-        marks = [frame.get_column(STATE), frame.get_column(EPOCH), visible.alias(VISIBLE)]
-        return frame.drop(STATE, EPOCH).with_columns(marks)
+        shown = [column for column in frame.get_columns() if column.name not in (STATE, EPOCH)]
+        return pl.DataFrame([*shown, frame.get_column(STATE), frame.get_column(EPOCH), visible.rename(VISIBLE)])
 
     def _derived(self) -> dict[str, pl.DataType]:
         schema = self._post(self._frame([], [])).schema

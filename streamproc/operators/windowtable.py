@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 import polars as pl
@@ -28,6 +28,10 @@ from streamproc.operators.tablerows import (
 )
 
 __all__ = ["LateAggregate", "WindowTable", "result_shape"]
+
+
+_SKIP_AFTER: Final = 500
+"""Rows of one window after which `WindowTable.restore` seeks the next window; below it reading on is cheaper."""
 
 
 class LateAggregate(NamedTuple):
@@ -83,6 +87,8 @@ class WindowTable:
         self._dirty_bytes = 0
         self._live: dict[int, WindowState] = {}
         self._final: list[int] = []
+        self._moved: set[int] = set()
+        """Windows that became final in this epoch: their rows are not all written yet."""
 
     @property
     def size_bytes(self) -> int:
@@ -125,6 +131,7 @@ class WindowTable:
             self._state.put(key, self._layout.encode(row))
         self._dirty.clear()
         self._dirty_bytes = 0
+        self._moved.clear()
         self._sets.flush(epoch)
 
     def expire(self, watermark: int, sinks_epoch: int) -> int:
@@ -137,7 +144,7 @@ class WindowTable:
             if not expires(end, self._plan.allowed_lateness_ms, self._plan.retain_ms, watermark):
                 break
             past += 1
-            if self._final_epoch(start) > sinks_epoch:
+            if start in self._moved or self._final_epoch(start) > sinks_epoch:
                 kept.append(start)
             else:
                 self._state.expire(*window_range(start))
@@ -145,23 +152,13 @@ class WindowTable:
         return past - len(kept)
 
     def restore(self) -> None:
-        """Learn from the state which windows there are: one look a window, not one a row."""
+        """Learn from the state which windows there are. Large ones are skipped, not read."""
         self._dirty.clear()
         self._dirty_bytes = 0
-        self._live, self._final = {}, []
+        self._live, self._final, self._moved = {}, [], set()
         at: bytes | None = b""
         while at is not None:
-            key, value = next(iter(self._state.scan(at, None)), (None, b""))
-            at = None
-            if key is not None:
-                start = window_start_of(key)
-                # All rows of a window are in one state: `advance` moves them together.
-                state, _ = self._layout.stamp(value)
-                if state == WindowState.FINAL:
-                    self._final.append(start)
-                else:
-                    self._live[start] = state
-                at = window_range(start)[1]
+            at = self._learn(at)
 
     def abort(self) -> None:
         """Forget the epoch: the state is back at its last commit."""
@@ -235,7 +232,26 @@ class WindowTable:
         if state == WindowState.FINAL:
             del self._live[start]
             insort(self._final, start)
+            self._moved.add(start)
             self._sets.forget(prefix)
+
+    def _learn(self, at: bytes) -> bytes | None:
+        """Take note of windows from key ``at`` on; return where to look next, None if that was all."""
+        last, seen = None, 0
+        for key, value in self._state.scan(at, None):
+            start = window_start_of(key)
+            if start != last:
+                # All rows of a window are in one state: `advance` and `collect` keep them together.
+                state, _ = self._layout.stamp(value)
+                if state == WindowState.FINAL:
+                    self._final.append(start)
+                else:
+                    self._live[start] = state
+                last, seen = start, 0
+            seen += 1
+            if seen > _SKIP_AFTER:
+                return window_range(start)[1]
+        return None
 
     def _final_epoch(self, start: int) -> int:
         """Epoch of a final window's last change: that which made it final changed all its rows, none came after."""

@@ -87,14 +87,16 @@ class Instance:
     def __init__(self, work: AgentWork, spec: AgentSpec, positions: dict[TopicPartition, int], first: bool) -> None:
         self.work, self.spec, self.positions = work, spec, positions
         self.overlays: Mapping[str, Any] = work.overlays
-        self.idle = False
+        self.idle = True
+        """It has no record in hand."""
         self.chunk: list[Any] = []
         self.it = iter(self.chunk)
         self._speaks = first
         """Undecodable records are no agent's; the first agent of a topic sets them aside."""
         self._pending: deque[Pending] = deque()
         self._size = 256
-        self._loaded = False
+        self.loaded = False
+        """Records are handed out whose positions do not count yet."""
         self._began = 0.0
         self._wake = asyncio.Event()
         self.runner: asyncio.Task[None] | None = None
@@ -140,13 +142,13 @@ class Instance:
             self.work.note_idle()
             self._wake.clear()
             await self._wake.wait()
-            self.idle = False
+        self.idle = False
 
     def _finish(self) -> None:
         """The records handed out are done: their position counts from now on."""
-        if not self._loaded:
+        if not self.loaded:
             return
-        self._loaded = False
+        self.loaded = False
         pending = self._pending[0]
         pending.at += len(self.chunk)
         took = self.work.clock.monotonic_s() - self._began
@@ -183,7 +185,7 @@ class Instance:
             return False
         self.chunk = pending.values[pending.at : pending.at + size]
         self.it = iter(self.chunk)
-        self._loaded = True
+        self.loaded = True
         self._began = self.work.clock.monotonic_s()
         return True
 
@@ -272,11 +274,9 @@ class AgentWork(Work):
             }
             first = not speakers.intersection(spec.topics)
             speakers.update(spec.topics)
-            self._start(Instance(self, spec, positions, first))
+            self._instances.append(Instance(self, spec, positions, first))
 
     def _start(self, instance: Instance) -> None:
-        self._instances.append(instance)
-
         async def run() -> None:
             CURRENT.set(instance)
             await instance.spec.run(TaskStream(instance))
@@ -330,17 +330,20 @@ class AgentWork(Work):
         failures = known.failures + 1 if known is not None and known.offset == offset else 1
         self._trouble.suspects[agent, tp] = Suspect(offset, failures, reason)
 
-    def refused(self, reason: str) -> None:
+    def refused(self, reason: str) -> bool:
         """The broker refused the epoch: find the record by running them one an epoch, then treat it as failed."""
+        found = False
         for instance in self._instances:
             for tp, position in instance.positions.items():
                 before = self._committed[instance.spec.name][tp_name(tp)]
                 if position == before:
                     continue
+                found = True
                 if self._solo is instance:
                     self._suspect(instance.spec.name, tp, before, reason)
                 else:
                     self._trouble.careful[instance.spec.name, tp] = position
+        return found
 
     # ---- records in
 
@@ -447,6 +450,8 @@ class AgentWork(Work):
     def release(self) -> None:
         self._gate, self.wants_commit, self._solo = True, False, None
         for instance in self._instances:
+            if instance.runner is None:
+                self._start(instance)
             instance.wake()
 
     def collect(self, epoch: int) -> None:
@@ -472,7 +477,8 @@ class AgentWork(Work):
 
     @property
     def dirty(self) -> bool:
-        return bool(self._outputs) or self.positions() != self._committed
+        # Records in hand count: their positions are noted only when the chunk is through or cut off.
+        return bool(self._outputs) or any(i.loaded for i in self._instances) or self.positions() != self._committed
 
     @property
     def size_bytes(self) -> int:

@@ -139,6 +139,8 @@ class Runtime(Service):
 
     async def _on_assigned(self, assigned: Collection[TopicPartition], generation: int) -> None:
         """Faust's first. Tasks start in the background: a restore may take longer than a rebalance may."""
+        if not self.app.rebalancing:
+            self.app.on_rebalance_start()  # the first assignment follows no revocation
         self.generation = generation
         self.app.consumer_generation_id = generation
         await self.close_tasks()

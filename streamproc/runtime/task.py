@@ -169,8 +169,6 @@ class Task:
                     self.view.restarts += 1
                     self.view.problem = str(failure)
                     self._give_up_if_hopeless(failure)
-                    if isinstance(failure, ProduceRefused) and self.work is not None:
-                        self.work.refused(str(failure))
                     logger.warning("task %s starts anew: %s", self.id, failure)
                     await self._release()
                     self._set(Phase.STARTING)
@@ -293,6 +291,7 @@ class Task:
         for overlay in self._parts.overlays.values():
             overlay.drop()
         self._open_work()
+        self.work.release()
         self._resume()
 
     async def _release(self) -> None:
@@ -311,6 +310,10 @@ class Task:
         self._inbox_bytes = 0
 
     def _give_up_if_hopeless(self, failure: BaseException) -> None:
+        if not isinstance(failure, ProduceRefused | BarrierTimeout):
+            return
+        if isinstance(failure, ProduceRefused) and self.work is not None and self.work.refused(str(failure)):
+            return  # it will find the record that is to blame and set it aside
         if isinstance(failure, ProduceRefused) and self._failures >= limits.REFUSED_EPOCHS_MAX:
             raise UserError(
                 f"The broker refused what task {self.id} writes to {failure.topic} {self._failures} times: {failure}",

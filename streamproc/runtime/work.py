@@ -90,8 +90,10 @@ class Work(ABC):
         """Whether the input has ended and nothing more can come of it."""
         return False
 
-    def refused(self, reason: str) -> None:  # noqa: B027
-        """The broker refused what the epoch wrote; called before the task starts anew."""
+    def refused(self, reason: str) -> bool:
+        """The broker refused what the epoch wrote; called before the task starts anew. True: the work will find out which
+        record is to blame and set it aside."""
+        return False
 
     def ready(self) -> bool:
         """Whether another batch may be given."""

@@ -416,7 +416,6 @@ _REFUSED = (
     rx.NoPermissionError,
 )
 _NOT_NOW = (rx.ReadOnlyError, rx.OutOfMemoryError, rx.ClusterDownError, rx.MasterDownError, rx.TryAgainError)
-_NO_DATABASE = "DB index is out of range"
 _NOT_NOW_CODES = ("BUSY", "LOADING", "MISCONF", "NOREPLICAS", "OOM", "READONLY", "MASTERDOWN", "CLUSTERDOWN")
 
 
@@ -425,24 +424,25 @@ def _failures(name: str) -> Iterator[None]:
     """redis-py's exceptions by consequence. Their texts are the server's and carry no password."""
     try:
         yield
-    except _REFUSED as error:
-        raise UserError(
-            f"{name} refuses this user: {error}.", remedy="Check user and password in the URL, and the ACL."
-        ) from error
-    except rx.MovedError as error:
-        raise UserError(
+    except (rx.RedisError, OSError) as error:
+        # What a handshake was refused for comes wrapped in a ConnectionError.
+        told = error.__cause__ if isinstance(error.__cause__, rx.RedisError) else error
+        raise _consequence(name, told) from error
+
+
+def _consequence(name: str, error: BaseException) -> SinkUnavailable | UserError:
+    text = str(error) or type(error).__name__
+    if isinstance(error, _REFUSED):
+        return UserError(f"{name} refuses this user: {text}.", remedy="Check user and password in the URL, and the ACL.")
+    if isinstance(error, rx.MovedError):
+        return UserError(
             f"{name} is one node of a cluster of several, and another one holds this table.",
             remedy="Give the URL of a cluster-aware proxy, or of a server that holds all slots.",
-        ) from error
-    except rx.InvalidResponse as error:
-        raise UserError(f"What answers at {name} is not a Redis.", remedy="Check host and port in the URL.") from error
-    except (rx.ConnectionError, rx.TimeoutError, OSError, *_NOT_NOW) as error:
-        if _NO_DATABASE in str(error):  # redis-py wraps what a handshake was refused for
-            raise UserError(f"{name}: the server has no database of that number.", remedy="Correct the URL.") from error
-        raise SinkUnavailable(
-            f"{name} does not answer or cannot write now: {error or type(error).__name__}."
-        ) from error
-    except rx.ResponseError as error:
-        if str(error).startswith(_NOT_NOW_CODES):
-            raise SinkUnavailable(f"{name} cannot write now: {error}.") from error
-        raise UserError(f"{name} refused a command: {error}.", remedy="Redis 6.2 or later is needed.") from error
+        )
+    if isinstance(error, rx.InvalidResponse):
+        return UserError(f"What answers at {name} is not a Redis.", remedy="Check host and port in the URL.")
+    if isinstance(error, rx.ResponseError) and not isinstance(error, _NOT_NOW) and not text.startswith(_NOT_NOW_CODES):
+        return UserError(
+            f"{name} refused a command: {text}.", remedy="Check the URL and the server's version: 6.2 or later is needed."
+        )
+    return SinkUnavailable(f"{name} does not answer or cannot write now: {text}.")

@@ -11,6 +11,7 @@ One record per changed key and epoch. State is kept in small rows (sub-keys), so
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Final, NamedTuple, cast
 
 from streamproc.core import limits
@@ -52,16 +53,21 @@ class ChangelogRow(NamedTuple):
 def record(change: Change, epoch: int, *, table: str | None = None) -> Record:
     """The record of one change; above `CHANGELOG_RECORD_BYTES_MAX` a `UserError` that names ``table`` and key."""
     key, value, tombstone = change
-    head = epoch.to_bytes(8, "big")
     if value is None:
-        return Record(key, None, (("e", head), ("x", _TOMBSTONES[tombstone or "delete"])))
+        return Record(key, None, _headers(epoch, tombstone or "delete"))
     if len(key) + len(value) > limits.CHANGELOG_RECORD_BYTES_MAX:
         raise UserError(
             f"A row of table {table or '(unnamed)'} is too large for its changelog: key {key[:80]!r} holds "
             f"{len(value):,} bytes, more than {limits.CHANGELOG_RECORD_BYTES_MAX:,}.",
             remedy="Spread what it holds over several keys, or keep less of it.",
         )
-    return Record(key, value, (("e", head),))
+    return Record(key, value, _headers(epoch, None))
+
+
+@lru_cache(maxsize=64)  # one tuple for all rows of an epoch
+def _headers(epoch: int, tombstone: Tombstone | None) -> Headers:
+    head = ("e", epoch.to_bytes(8, "big"))
+    return (head,) if tombstone is None else (head, ("x", _TOMBSTONES[tombstone]))
 
 
 def read(batch: RawBatch) -> Iterator[ChangelogRow]:

@@ -115,6 +115,8 @@ class Overlay:
     def changes(self) -> list[Change]:
         """One change per changed key, in key order. A key that came and was deleted within the epoch is none."""
         puts, gone = self._puts, self._gone
+        if not gone:
+            return [Change(key, puts[key]) for key in self._index()]
         deleted = [key for key, how in gone.items() if how == "delete"]
         stored = self._store.get_many([self.prefix + key for key in deleted])
         never = {key for key, value in zip(deleted, stored, strict=True) if value is None}
@@ -130,7 +132,8 @@ class Overlay:
         into.ranges.extend((prefix + start, prefix + stop) for start, stop in self._ranges)
         # Expired rows go by their range. A deleted one that never was in the store costs nothing but its key.
         into.deletes.update(prefix + key for key, how in self._gone.items() if how == "delete")
-        into.puts.update({prefix + key: value for key, value in self._puts.items()})
+        puts = self._puts
+        into.puts.update({prefix + key: puts[key] for key in self._index() if key in puts})  # in order: cheap to sort
 
     def drop(self) -> None:
         """Forget the epoch: committed (the store has it) or aborted (nobody has)."""

@@ -30,7 +30,7 @@ from rocksdict import (
 )
 
 from streamproc.core import limits
-from streamproc.core.errors import InvariantBroken, RestoreNeeded, StreamprocError, UserError, invariant
+from streamproc.core.errors import InvariantBroken, RestoreNeeded, UserError, invariant
 from streamproc.state.contract import StoreMeta, Writes
 
 __all__ = ["RocksDBStore", "destroy", "open_or_discard"]
@@ -191,8 +191,8 @@ class RocksDBStore:
 
     def _told(self, told: Exception, *, opening: bool = False) -> Exception:
         """What RocksDB's text means by consequence."""
-        if isinstance(told, (StreamprocError, TypeError)):
-            return told
+        if isinstance(told, TypeError):
+            return InvariantBroken(f"The store in {self.path} was called with something else than bytes: {told}.")
         if isinstance(told, DbClosedError):
             return InvariantBroken(f"The store in {self.path} was used after it was closed.")
         text = str(told)

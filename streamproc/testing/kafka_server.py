@@ -109,6 +109,9 @@ class KafkaServer:
         """SIGSTOP: connections stay open and nothing answers, until `go_on`."""
         self._refuse_outside("paused")
         self._signal(signal.SIGSTOP)
+        if self._process:
+            # The signal arrives in its own time: return when every thread of the broker stands.
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
 
     def go_on(self) -> None:
         self._signal(signal.SIGCONT)

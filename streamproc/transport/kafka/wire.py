@@ -20,13 +20,15 @@ from streamproc.core import limits
 from streamproc.core.clock import Clock
 from streamproc.core.errors import BrokerUnavailable, UserError
 from streamproc.core.types import TopicPartition
+from streamproc.transport.kafka.codes import name_of
 
 __all__ = ["Coordinator", "NoAnswer", "Retry", "Wire", "addresses", "by_topic", "kafka_tp"]
 
 log = logging.getLogger(__name__)
 Coordinator = Literal["group", "transaction"]
 _TYPES: Final = {"group": CoordinationType.GROUP, "transaction": CoordinationType.TRANSACTION}
-_DEFAULT: Final = "requests"
+_DEFAULT: Final = 0
+"""aiokafka's own default connection, which it also asks for metadata and coordinators."""
 
 
 class NoAnswer(Exception):
@@ -248,9 +250,11 @@ class Wire:
         if answer is None:
             return
         for code, topic, _internal, partitions in answer.topics:
-            if topic == tp.topic and (not partitions or tp.partition not in {entry[1] for entry in partitions}):
+            if topic == tp.topic and tp.partition not in {entry[1] for entry in partitions}:
+                self._topics.discard(topic)
                 raise UserError(
-                    f"Topic {tp.topic!r} has no partition {tp.partition} on {', '.join(self.addresses)} (code {code}).",
+                    f"Topic {tp.topic!r} has no partition {tp.partition} on {', '.join(self.addresses)} "
+                    f"({name_of(code)}).",
                     remedy="Create it (`streamproc topics`), or correct its name.",
                 )
 
