@@ -140,7 +140,7 @@ class App(faust.App):
 
         def decorate(fun: Any) -> Any:
             agent = declare(fun)
-            agent.where = where
+            agent.where = where  # type: ignore[attr-defined]
             return agent
 
         return decorate

@@ -109,6 +109,14 @@ def test_missing_fields_take_defaults() -> None:
     assert as_plain(row) == {"a": 1, "at": datetime(1970, 1, 1, 0, 0, 1, tzinfo=UTC), "n": None}
 
 
+def test_a_default_that_no_attribute_can_hold_is_refused_at_the_start() -> None:
+    schema = parse_schema(
+        {"type": "record", "name": "R", "fields": [{"name": "at", "type": MS, "default": 1 << 60}]}, source="r.avsc"
+    )
+    with pytest.raises(UserError, match=r"default of the schema r\.avsc .* field at"):
+        RowDecoder(schema, MemoryRegistry({}))
+
+
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 TIMES = st.datetimes(timezones=st.just(UTC))
 

@@ -206,6 +206,10 @@ def test_ids_past_remembering_at_the_epochs_end_are_not_written() -> None:
     task.admit(Records([(1, 1), (2, 2)], [5, 500], [NO_WATERMARK, 400]))
     task.commit()
     assert [change.tombstone for change in task.changes] == [None]
+    task.admit(Records([(3, 3), (3, 3)], [500, 2_000], [450, 1_999]))
+    task.admit(Records([(4, 4)], [1_000], [3_000]))
+    task.commit()
+    assert [change.tombstone for change in task.changes] == ["expire"], "nothing that is left to write is an epoch too"
 
 
 def test_growth_sweeps_out_what_is_forgotten() -> None:

@@ -1,10 +1,11 @@
-"""The main job's input is what its description says."""
+"""The input of the jobs is what its description says: the flights with their faults, and the generated clicks."""
 
 from __future__ import annotations
 
 import asyncio
 import io
 import json
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from demo.feed import holds_feed, main, open_transport, write_feed
 from streamproc.core.errors import UserError
 from streamproc.core.partitioner import partition_of
 from streamproc.core.types import Offset, TopicPartition
+from streamproc.operators.plan import Dedupe, Expect
 from streamproc.transport.contract import OutRecord, PartitionOffsets, TopicSpec, Transport
 
 DAYS = 12
@@ -260,3 +262,62 @@ def test_an_embedded_log_gives_the_feed_back(tmp_path: Path) -> None:
 def test_a_broker_that_is_no_log_is_refused_with_the_remedy() -> None:
     with pytest.raises(SystemExit, match="kafka://HOST:PORT or embedded://PATH"):
         main(["--broker", "localhost:9092", "--days", str(DAYS)])
+
+
+def test_the_job_has_the_rules_that_the_faults_are_placed_by() -> None:
+    from agents.flights import app, flights
+    from streamproc.operators.pipeline import compile
+
+    (plan,) = compile(app.declaration, {"flights": 4}, "flights")
+    rules = feed().injections["rules"]
+    assert flights.event_time.bounded
+    assert flights.event_time.out_of_orderness_ms == rules["out_of_orderness_ms"]
+    tables = {table.name: table for table in (handle.plan for handle in app.declaration.tables)}
+    assert tables["hourly"].allowed_lateness_ms == rules["hourly_lateness_ms"]
+    assert tables["daily"].allowed_lateness_ms == rules["daily_lateness_ms"]
+    expectations = plan.root.children[0]
+    assert isinstance(expectations.step, Expect)
+    assert set(expectations.step.rules) == {f"{entry['column']} sane" for entry in entries("absurd")}
+    dedupe = expectations.children[0].step
+    assert isinstance(dedupe, Dedupe)
+    assert dedupe.columns == ("time_hour", "carrier", "flight")
+    assert dedupe.within_ms == rules["dedupe_ms"]
+
+
+class StandingClock:
+    """It is always noon."""
+
+    def now_ms(self) -> int:
+        return 1_700_000_000_000
+
+    def monotonic_s(self) -> float:
+        return 0.0
+
+    async def sleep(self, seconds: float) -> None:
+        return None
+
+
+def test_clicks_come_at_the_rate_and_mostly_in_time_with_some_late_and_some_twice() -> None:
+    from agents.user_events import KINDS, Clicks
+
+    clicks = Clicks(random.Random(1), StandingClock(), rate=333)
+    events = [event for _ in range(400) for event in clicks.take(0.25)]
+    assert len(events) == 33_300, "fractions of an event are carried over"
+    assert {event["kind"] for event in events} == set(KINDS)
+    ages_ms = [StandingClock().now_ms() - event["at"].timestamp() * 1000 for event in events]
+    assert sorted(ages_ms)[len(ages_ms) // 2] < 10_000
+    assert 5 < sum(age > 15 * MINUTE for age in ages_ms) < 100, "later than watermark and window allow"
+    again = len(events) - len({event["event_id"] for event in events})
+    assert 200 < again < 500
+    assert all((event["amount"] is not None) == (event["kind"] == "purchase") for event in events)
+
+
+def test_clicks_fit_their_schema() -> None:
+    from agents.user_events import Clicks
+
+    parsed = fastavro.parse_schema(json.loads((SCHEMAS / "user_event.avsc").read_text()))
+    for event in Clicks(random.Random(2), StandingClock(), rate=100).take(5):
+        out = io.BytesIO()
+        fastavro.schemaless_writer(out, parsed, event)
+        out.seek(0)
+        assert fastavro.schemaless_reader(out, parsed, None) == event

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -57,8 +57,8 @@ class FakeFlaky:
 
 
 @pytest.fixture(scope="module")
-def place() -> Iterator[FakePlace]:
-    yield FakePlace()
+def place() -> FakePlace:
+    return FakePlace()
 
 
 class TestFakeSink(SinkContract):
@@ -71,7 +71,9 @@ def test_a_failure_between_slices_shows_rows_that_the_ledger_does_not_know() -> 
         async with opened(sink, shape) as writer:
             sink.fail_after(slices=1)
             with pytest.raises(SinkUnavailable):
-                await writer.apply(changed(shape, {(str(n), 0): (n, 0.0) for n in range(3_000)}), held=None, moved=at(1))
+                await writer.apply(
+                    changed(shape, {(str(n), 0): (n, 0.0) for n in range(3_000)}), held=None, moved=at(1)
+                )
             assert (len(sink.rows[shape.table]), sink.ledgers) == (2_000, {})
 
     asyncio.run(scenario())

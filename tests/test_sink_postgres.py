@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -32,7 +33,7 @@ class PostgresPlace:
         self._folder = folder
         self.server = EmbeddedPostgres(folder / "data").start()
         self.sql(
-            "CREATE ROLE guest LOGIN; CREATE ROLE shut NOLOGIN; CREATE SCHEMA \"odd schema\"; "
+            'CREATE ROLE guest LOGIN; CREATE ROLE shut NOLOGIN; CREATE SCHEMA "odd schema"; '
             "CREATE SCHEMA closed; GRANT USAGE ON SCHEMA closed TO guest"
         )
 
@@ -108,10 +109,12 @@ def _plain(value: object) -> object:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresPlace]:
-    place = PostgresPlace(tmp_path_factory.mktemp("postgres"))
-    yield place
-    place.server.stop()
+def place() -> Iterator[PostgresPlace]:
+    # Not in pytest's own folder: each pytest run closes that to other users, and Postgres, if started by root, is one.
+    with tempfile.TemporaryDirectory(prefix="streamproc-") as folder:
+        place = PostgresPlace(Path(folder))
+        yield place
+        place.server.stop()
 
 
 class TestPostgres(SinkContract):
@@ -130,7 +133,9 @@ ONE: dict[Identity, Sequence[object]] = {("DE", 0): (1, 1.0)}
 
 
 def test_makes_a_table_of_the_shape_with_its_identity_unique(place: PostgresPlace) -> None:
-    shape = shape_of({"country": pl.String(), "vip": pl.Boolean()}, {"n": pl.UInt32(), "x": pl.Float64(), "day": pl.Date()})
+    shape = shape_of(
+        {"country": pl.String(), "vip": pl.Boolean()}, {"n": pl.UInt32(), "x": pl.Float64(), "day": pl.Date()}
+    )
     write(place.sink(), shape)
     columns = place.sql(
         f"SELECT column_name, data_type FROM information_schema.columns WHERE table_name = '{shape.table}' ORDER BY "
@@ -189,7 +194,7 @@ def test_a_table_that_is_there_and_fits_is_used(place: PostgresPlace, name: str)
 _BODY = "country text, window_start timestamptz, window_end timestamptz, revenue float8"
 _UNIQUE = "UNIQUE NULLS NOT DISTINCT (country, window_start)"
 TABLES_THAT_DO_NOT = {
-    "column missing": (f"({_BODY}, {_UNIQUE})", "no column orders, .*bigint.*ADD COLUMN \"orders\" bigint"),
+    "column missing": (f"({_BODY}, {_UNIQUE})", 'no column orders, .*bigint.*ADD COLUMN "orders" bigint'),
     "other type": (f"({_BODY}, orders integer, {_UNIQUE})", "Column orders .* is integer, but .* needs bigint"),
     "time without zone": (
         f"(country text, window_start timestamp, window_end timestamptz, orders bigint, revenue float8, {_UNIQUE})",
@@ -208,7 +213,10 @@ TABLES_THAT_DO_NOT = {
         "not unique by",
     ),
     "checked too late": (f"({_BODY}, orders bigint, {_UNIQUE} DEFERRABLE)", "not unique by"),
-    "nulls distinct": (f"({_BODY}, orders bigint, UNIQUE (country, window_start))", "rows with a null key as different"),
+    "nulls distinct": (
+        f"({_BODY}, orders bigint, UNIQUE (country, window_start))",
+        "rows with a null key as different",
+    ),
 }
 
 
@@ -222,7 +230,9 @@ def test_a_table_that_cannot_hold_the_rows_is_refused_with_the_remedy(place: Pos
     assert "TABLE" in caught.value.remedy
 
 
-def test_a_value_postgres_cannot_hold_is_the_users_error_and_nothing_of_the_epoch_is_written(place: PostgresPlace) -> None:
+def test_a_value_postgres_cannot_hold_is_the_users_error_and_nothing_of_the_epoch_is_written(
+    place: PostgresPlace,
+) -> None:
     shape = shape_of(columns={"n": pl.UInt64()})
     for rows in ({("DE", 0): (1,), ("a\0b", 0): (1,)}, {("DE", 0): (1,), ("FR", 0): (2**64 - 1,)}):
         with pytest.raises(UserError, match="Postgres cannot hold this value"):
@@ -347,4 +357,3 @@ def test_a_type_that_has_no_column_is_refused_by_name() -> None:
     shape = TableShape("t", {"k": pl.String()}, {"tags": pl.List(pl.String)}, 1)
     with pytest.raises(UserError, match="Column tags of table t"):
         postgres("postgresql://localhost/app").writer(shape, "app", 0)
-

@@ -1,4 +1,5 @@
-"""The Redis sink on a real server (Valkey): the sinks' contract, alone and on a node of a cluster, and what is Redis's own."""
+"""The Redis sink on a real server (Valkey): the sinks' contract, alone and on a node of a cluster, and what is Redis's
+own."""
 
 from __future__ import annotations
 
@@ -218,7 +219,7 @@ def test_a_full_server_is_unavailable_and_nothing_is_half_written(alone: RedisPl
 def test_a_server_that_evicts_is_refused(alone: RedisPlace) -> None:
     alone.client.config_set("maxmemory-policy", "allkeys-lru")
     try:
-        with pytest.raises(UserError, match="allkeys-lru.*Set maxmemory-policy noeviction"):
+        with pytest.raises(UserError, match=r"allkeys-lru.*Set maxmemory-policy noeviction"):
             write(alone.sink(), shape_of(), None)
     finally:
         alone.client.config_set("maxmemory-policy", "noeviction")
@@ -227,7 +228,11 @@ def test_a_server_that_evicts_is_refused(alone: RedisPlace) -> None:
 def test_rows_expire_by_event_time(alone: RedisPlace) -> None:
     shape, client = shape_of(), alone.client
     now = int(datetime.now(UTC).timestamp()) * 1000
-    rows: dict[Identity, Sequence[object]] = {("new", now): (1, 1.0), ("old", 0): (1, 1.0), ("before 1970", -(10**12)): (1, 1.0)}
+    rows: dict[Identity, Sequence[object]] = {
+        ("new", now): (1, 1.0),
+        ("old", 0): (1, 1.0),
+        ("before 1970", -(10**12)): (1, 1.0),
+    }
     write(redis(alone.server.url, ttl="1d"), shape, changed(shape, rows))
     assert client.pexpiretime(row_key(shape.table, 2, ("new",), now)) == now + HOUR_MS + 24 * HOUR_MS
     assert set(client.keys(f"{{{shape.table}:2}}:*")) == {

@@ -18,16 +18,23 @@ from streamproc.testing.kafka_server import KafkaServer, can_start
 from streamproc.transport.contract import GroupListener, OutRecord, TopicSpec, Transport
 from streamproc.transport.kafka import KafkaTransport
 
-pytest.register_assert_rewrite("contract.transport_suite")
+pytest.register_assert_rewrite("contract.transport_kit", "contract.transport_suite")
 from contract.transport_suite import OpenTransport, TransportContract  # noqa: E402
 
 WAIT_S = 60.0
 
 
+def lacking(missing: bool, what: str) -> None:
+    """A machine may lack a server; the one that decides over a release may not."""
+    if missing and os.environ.get("CI") == "true":
+        pytest.fail(what)
+    elif missing:
+        pytest.skip(what)
+
+
 @pytest.fixture(scope="module")
 def kafka() -> Iterator[KafkaServer]:
-    if not can_start():
-        pytest.skip("no Java and Maven for a real Kafka, and KAFKA_BOOTSTRAP is not set")
+    lacking(not can_start(), "no Java and Maven for a real Kafka, and KAFKA_BOOTSTRAP is not set")
     with KafkaServer() as server:
         yield server
 
@@ -239,8 +246,9 @@ class TestAddress:
 @pytest.fixture(scope="module")
 def mortal() -> Iterator[KafkaServer]:
     """A broker of our own to kill."""
-    if os.environ.get("KAFKA_BOOTSTRAP") or not can_start():
-        pytest.skip("a broker can only be killed where the tests start it themselves (Java and Maven)")
+    if os.environ.get("KAFKA_BOOTSTRAP"):
+        pytest.skip("KAFKA_BOOTSTRAP is set: somebody else's broker is not killed")
+    lacking(not can_start(), "no Java and Maven for a real Kafka")
     with KafkaServer() as server:
         yield server
 

@@ -339,7 +339,7 @@ def _unscaled(value: Decimal, type_: Primitive | Fixed, size: int | None) -> byt
     shift = exponent + type_.scale
     if abs(shift) > _SHIFT_MAX:
         raise _Misfit(value)
-    whole = int("".join(map(str, digits)))
+    whole: int = int("".join(map(str, digits)))
     rest = 0
     if shift >= 0:
         whole *= 10**shift
@@ -347,7 +347,7 @@ def _unscaled(value: Decimal, type_: Primitive | Fixed, size: int | None) -> byt
         whole, rest = divmod(whole, 10**-shift)
     if rest or whole >= 10**type_.precision:
         raise _Misfit(value)
-    number = -whole if sign else whole
+    number: int = -whole if sign else whole
     try:
         return number.to_bytes(size or number.bit_length() // 8 + 1, "big", signed=True)
     except OverflowError as error:

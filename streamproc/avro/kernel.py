@@ -146,7 +146,9 @@ def run(
     ops: I64, table: I64, loops: int, buffer: U8, starts: I64, ends: I64, items_max: int, out: I64,
     valid: NDArray[np.bool_], rows: I64, faults: I64,
 ) -> Any:  # fmt: skip
-    """Decode the Avro bytes of every span; returns how many were good.
+    """Decode the Avro bytes of every span; one long loop, because every call out of it would cost each field.
+
+    Returns how many were good.
 
     The k-th good record is span ``rows[k]`` and has its values in ``out[:, k]`` (integers; bits of float64; 0 or 1;
     reader symbol; start << 32 | length of bytes in ``buffer``) where ``valid[:, k]``. ``faults[i]`` of every span is

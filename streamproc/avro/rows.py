@@ -6,7 +6,6 @@ text, decimals `Decimal`, nested records Structs, arrays lists and maps dicts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from datetime import UTC, date, datetime
 from itertools import repeat
 from typing import Any, Final
@@ -19,9 +18,10 @@ from streamproc.avro.encode import Encoder
 from streamproc.avro.faults import Fault, Malformed, describe
 from streamproc.avro.reading import BadRecord, Group, RawColumn, Reading
 from streamproc.avro.registry import Registry
-from streamproc.avro.schema import Primitive, Record, Schema
-from streamproc.avro.strict import Shape
-from streamproc.core.batch import I64, RawBatch
+from streamproc.avro.schema import MISSING, Field, Primitive, Record, Schema
+from streamproc.avro.strict import Shape, shaped
+from streamproc.core.batch import I64, U8, RawBatch
+from streamproc.core.errors import UserError
 
 __all__ = ["Encoder", "RowDecoder", "struct_class"]
 
@@ -59,10 +59,18 @@ class RowDecoder:
     def __init__(self, reader: Schema, registry: Registry) -> None:
         self._shape = _Structs()
         self._make = self._shape.class_of(reader.root)
+        self._defaults = {f.name: self._default(f, reader) for f in reader.root.fields if f.default is not MISSING}
         self._types: dict[str, ColumnType] = {}
         if all(is_flat(field.type) for field in reader.root.fields):
             self._types = {name: column_type(reader, name) for name in reader.names()}
         self._reading = Reading(reader, registry, self._types or None, self._shape)
+
+    def _default(self, field: Field, reader: Schema) -> Any:
+        try:
+            return shaped(self._shape, field.type, field.default, field.name)
+        except Malformed as error:
+            fact = f"A default of the schema {reader.source} cannot be used: {error}."
+            raise UserError(fact, remedy="Mend the schema's default.") from error
 
     def rows(self, batch: RawBatch) -> tuple[list[Any], list[BadRecord]]:
         """The values of the good records in order, and the bad records. Never raises for what is in a record."""
@@ -79,9 +87,14 @@ class RowDecoder:
         if group.records is not None:
             return group.records
         _drop_unspeakable_times(group, self._types, bad)
-        rows = len(group.rows)
-        columns = [_members(type_, group, name, rows) for name, type_ in self._types.items()]
+        columns = [self._members(name, type_, group) for name, type_ in self._types.items()]
         return list(map(self._make, *columns))
+
+    def _members(self, name: str, type_: ColumnType, group: Group) -> list[Any]:
+        column = group.columns.get(name)
+        if column is None:
+            return [self._defaults[name]] * len(group.rows)
+        return _members_of(type_, group.buffer, column.raw, column.valid)
 
 
 def _row(pair: tuple[int, Any]) -> int:
@@ -115,20 +128,13 @@ class _Structs(Shape):
         return self.class_of(target)(*[values[f.name] for f in target.fields])
 
 
-def _members(type_: ColumnType, group: Group, name: str, rows: int) -> Iterable[Any]:
-    """One column of a group as Python values."""
-    column = group.columns.get(name)
-    if column is None:
-        default = group.defaults[name]
-        if default is not None and type_.logical is not None:
-            default = _times(np.array([default], np.int64), type_.logical)[0]
-        return [default] * rows
-    raw, valid = column
+def _members_of(type_: ColumnType, buffer: U8, raw: I64, valid: Mask) -> list[Any]:
+    """One column from the kernel as Python values."""
     match type_.kind:
         case "text":
-            return read_texts(group.buffer, raw, valid)
+            return read_texts(buffer, raw, valid)
         case "bytes":
-            return read_bytes(group.buffer, raw, valid)
+            return read_bytes(buffer, raw, valid)
         case "enum":
             members: list[Any] = [type_.symbols[i] for i in raw.tolist()]
         case "float":

@@ -71,7 +71,8 @@ class CatchUp:
 
 @dataclass(frozen=True)
 class Rebuild:
-    """Nothing in the sink can be continued: upsert all live rows, prune the others, then move to the committed epoch."""
+    """Nothing in the sink can be continued: upsert all live rows, prune the others, then move to the committed
+    epoch."""
 
     held: Ledger | None
     claim: Ledger
@@ -94,9 +95,9 @@ def decide_claim(found: Ledger | None, *, log_id: str, incarnation: int, epoch: 
 
     ``log_id`` and ``epoch`` (the last one committed, 0: none) are the commit record's, ``incarnation`` is this start's.
     ``expired``: what lies between the ledger and the log's end may lack tombstones, because it is older than
-    `limits.DELETE_RETENTION_MS`. It matters only if there is something to replay. Raises `LogLost` when the sink has seen
-    epochs that the log does not have. Nothing is claimed yet: the caller applies no rows with ``held`` and ``claim`` first,
-    and decides again if that raises `LedgerMoved`.
+    `limits.DELETE_RETENTION_MS`. It matters only if there is something to replay. Raises `LogLost` when the sink has
+    seen epochs that the log does not have. Nothing is claimed yet: the caller applies no rows with ``held`` and
+    ``claim`` first, and decides again if that raises `LedgerMoved`.
     """
     unfinished = Ledger(log_id, incarnation, REBUILDING, 0)
     if found is None:
@@ -108,7 +109,7 @@ def decide_claim(found: Ledger | None, *, log_id: str, incarnation: int, epoch: 
     if found.epoch > epoch:
         raise LogLost(
             f"The sink has applied epoch {found.epoch} of this task, but its commit record stands at epoch {epoch}: "
-            "the log has lost committed epochs. Restore the log, or give up what the sink holds with `streamproc reset`."
+            "the log has lost committed epochs. Restore it, or give up what the sink holds with `streamproc reset`."
         )
     if found.epoch == REBUILDING:
         return Rebuild(found, unfinished, "the last rebuild of the sink did not end")
@@ -136,7 +137,7 @@ def _other_log(found: Ledger, unfinished: Ledger) -> Rebuild:
     if found.epoch == 0:
         return Rebuild(found, unfinished, "the sink was claimed, and never written, by another history of this task")
     raise LogLost(
-        f"The sink holds rows of log {found.log_id} (epoch {found.epoch}), but this task's log is {unfinished.log_id}: the "
-        "log was lost or made anew, or another application writes to this target. Point the sink at an empty target, or give "
-        "up what it holds with `streamproc reset`."
+        f"The sink holds rows of log {found.log_id} (epoch {found.epoch}), but this task's log is {unfinished.log_id}: "
+        "the log was lost or made anew, or another application writes to this target. Point the sink at an empty target, "
+        "or give up what it holds with `streamproc reset`."
     )

@@ -167,8 +167,10 @@ class DedupeOperator:
         order = np.argsort(buckets, kind="stable")
         order = order[np.searchsorted(buckets, oldest, sorter=order) :]
         ids = np.column_stack((hi[order], lo[order])).astype("<u8")
-        found, starts = np.unique(buckets[order], return_index=True)
-        for bucket, start, stop in zip(found.tolist(), starts, [*starts[1:], len(ids)], strict=True):
+        found, counts = np.unique(buckets[order], return_counts=True)
+        stop = 0
+        for bucket, count in zip(found.tolist(), counts.tolist(), strict=True):
+            start, stop = stop, stop + count
             yield bucket, ids[start:stop].tobytes()
 
     def _start_of(self, bucket: int) -> int:

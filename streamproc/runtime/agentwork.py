@@ -90,7 +90,8 @@ class Instance:
         self.idle = True
         """It has no record in hand."""
         self.chunk: list[Any] = []
-        self.it = iter(self.chunk)
+        self.it: Any = iter(self.chunk)
+        """What the agent iterates; its length hint tells how much of ``chunk`` is left, so nothing is counted."""
         self._speaks = first
         """Undecodable records are no agent's; the first agent of a topic sets them aside."""
         self._pending: deque[Pending] = deque()
@@ -105,7 +106,8 @@ class Instance:
 
     def index(self) -> int:
         """Index, within the pending batch, of the record the agent is at."""
-        return self._pending[0].at + len(self.chunk) - self.it.__length_hint__() - 1
+        left: int = self.it.__length_hint__()
+        return self._pending[0].at + len(self.chunk) - left - 1
 
     def record(self) -> tuple[RawBatch, int]:
         """The batch and row of the record the agent is at."""
@@ -158,7 +160,7 @@ class Instance:
         self.chunk = []
         self.it = iter(self.chunk)
         self._move(pending)
-        self.work.finished(self)
+        self.work.chunk_done(self)
 
     def _move(self, pending: Pending) -> None:
         tp = pending.batch.tp
@@ -399,7 +401,7 @@ class AgentWork(Work):
             return 0
         return 1
 
-    def finished(self, instance: Instance) -> None:
+    def chunk_done(self, instance: Instance) -> None:
         if self._solo is instance:
             self._ask_commit()
 
@@ -482,7 +484,8 @@ class AgentWork(Work):
 
     @property
     def size_bytes(self) -> int:
-        return self._output_bytes + sum(overlay.size_bytes for overlay in self.overlays.values())
+        held: int = sum(overlay.size_bytes for overlay in self.overlays.values())
+        return self._output_bytes + held
 
     @property
     def counters(self) -> Counters:

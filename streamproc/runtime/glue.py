@@ -90,7 +90,7 @@ class Consumer(Service, ConsumerT):
 
     @property
     def runtime(self) -> Runtime:
-        runtime: Runtime = self.app.runtime  # type: ignore[attr-defined]
+        runtime: Runtime = self.app.runtime
         return runtime
 
     async def subscribe(self, topics: Iterable[str]) -> None:
@@ -137,7 +137,7 @@ class Consumer(Service, ConsumerT):
     async def perform_seek(self) -> None: ...
     async def seek(self, partition: TP, offset: int) -> None: ...
     async def seek_wait(self, partitions: Mapping[TP, int]) -> None: ...
-    async def position(self, tp: TP) -> int | None: ...  # type: ignore[empty-body]
+    async def position(self, tp: TP) -> int | None: ...
     def track_message(self, message: Any) -> None: ...
     def ack(self, message: Any) -> bool:
         return True

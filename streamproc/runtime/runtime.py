@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 from faust.types import TP
 from mode import Service
@@ -18,21 +19,55 @@ from streamproc.runtime.ownerwork import OwnerWork
 from streamproc.runtime.sourcework import SourceWork
 from streamproc.runtime.task import Task, TaskEnvironment
 from streamproc.runtime.topology import Group, internal_topics
+from streamproc.state.contract import Store
 from streamproc.state.objects import ObjectOverlay
 from streamproc.transport.contract import Fetcher, GroupListener, Membership, TopicSpec, Transport
 
-if TYPE_CHECKING:
-    from streamproc.app import App
-
-__all__ = ["Runtime"]
+__all__ = ["Host", "Runtime"]
 
 logger = logging.getLogger(__name__)
+
+
+class Host(Protocol):
+    """What the runtime asks of the app around it, beside what any `faust.App` offers."""
+
+    commit_interval_s: float
+    consumer_generation_id: int
+    conf: Any
+    consumer: Any
+    on_rebalance_complete: Any
+    rebalancing: bool
+
+    @property
+    def state_folder(self) -> Path: ...
+
+    def make_transport(self) -> Transport: ...
+
+    def open_store(self, folder: Path) -> Store: ...
+
+    def declared_topics(self) -> list[TopicSpec]: ...
+
+    def build_groups(self, partitions: Mapping[str, int]) -> list[Group]: ...
+
+    @property
+    def tables(self) -> Any: ...
+
+    @property
+    def flow_control(self) -> Any: ...
+
+    def on_rebalance_start(self) -> None: ...
+
+    def on_rebalance_return(self) -> None: ...
+
+    def on_rebalance_end(self) -> None: ...
+
+    async def crash(self, reason: BaseException) -> None: ...
 
 
 class Runtime(Service):
     """Tasks, pumps and timers of one worker."""
 
-    def __init__(self, app: App, clock: Clock, **options: Any) -> None:
+    def __init__(self, app: Host, clock: Clock, **options: Any) -> None:
         super().__init__(**options)
         self.app, self.clock = app, clock
         self.ready = asyncio.Event()
@@ -79,7 +114,7 @@ class Runtime(Service):
         return self._partitions[topic]
 
     def known_partitions(self, topic: str) -> int:
-        return self._partitions.get(topic, self.app.conf.topic_partitions)
+        return self._partitions.get(topic) or int(self.app.conf.topic_partitions)
 
     def next_partition(self, topic: str) -> int:
         """Round robin, for records without a key."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, Awaitable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import faust
 from faust import agents, tables, topics
@@ -18,12 +18,17 @@ from streamproc.runtime.agentwork import CURRENT, AgentSpec, TaskStream
 from streamproc.transport.contract import OutRecord
 
 if TYPE_CHECKING:
-    from streamproc.avro.encode import Encoder
     from streamproc.runtime.runtime import Runtime
 
-__all__ = ["Agent", "Table", "TableManager", "Topic"]
+__all__ = ["Agent", "Table", "TableManager", "Topic", "ValueEncoder"]
 
 Headers = tuple[tuple[str, bytes | None], ...]
+
+
+class ValueEncoder(Protocol):
+    """`avro.encode.Encoder`, or one that is made at the first send."""
+
+    def encode(self, value: Any) -> bytes: ...
 
 
 class Topic(topics.Topic):
@@ -32,7 +37,7 @@ class Topic(topics.Topic):
     value_schema: Any = None
     """The parsed Avro schema, or None: values are what Faust's serializers make of them."""
     event_time: EventTime | None = None
-    encoder: Encoder | None = None
+    encoder: ValueEncoder | None = None
     where: str = ""
     declared_partitions: int | None = None
 
@@ -128,7 +133,7 @@ class Table(tables.Table[Any, Any]):
         for key, value in dict(*args, **kwargs).items():
             self[key] = value
 
-    def items(self) -> Any:  # type: ignore[override]
+    def items(self) -> Any:
         return self._rows().items()
 
     def using_window(self, window: Any, *, key_index: bool = False) -> Any:
@@ -171,7 +176,7 @@ class TableManager(tables.TableManager):
 
     async def wait_until_recovery_completed(self) -> bool:
         runtime: Runtime = self.app.runtime  # type: ignore[attr-defined]
-        return bool(await self.wait_for_stopped(runtime.ready))
+        return bool(await self.wait_for_stopped(runtime.ready))  # type: ignore[arg-type]
 
 
 class Agent(agents.Agent):

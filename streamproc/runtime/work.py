@@ -103,10 +103,10 @@ class Work(ABC):
     def process(self, batch: RawBatch) -> None:
         """Take a batch. A pipeline is done with it on return; agents go on with it."""
 
-    async def barrier(self) -> None:
+    async def barrier(self) -> None:  # noqa: B027
         """Return when nothing that was handed out is unfinished, and hand out nothing until `release`."""
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027
         """Hand out again."""
 
     @abstractmethod
@@ -151,5 +151,5 @@ class Work(ABC):
     def counters(self) -> Counters:
         return Counters()
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027
         """Give up whatever runs; nothing of the open epoch is kept."""

@@ -23,9 +23,9 @@ _FIRST_STATE: Final[dict[Emit, int]] = {"on_update": 0, "on_close": 1, "final": 
 def sink_rows(frame: pl.DataFrame, emit: Emit, *, expire_at_ms: int | None = None) -> SinkRows | None:
     """What a sink with ``emit`` is to be told of ``frame``; None if nothing (its ledger moves all the same).
 
-    ``frame`` has the shape's columns (keys, ``window_start``, ``window_end``, aggregates) plus `STATE` and `VISIBLE`, one
-    row per key and window. A window's state only ever grows, so a row that ``emit`` holds back was never told before;
-    a row told earlier that the filters no longer pass becomes a delete, which is harmless if it was never told.
+    ``frame`` has the shape's columns (keys, ``window_start``, ``window_end``, aggregates) plus `STATE` and `VISIBLE`,
+    one row per key and window. A window's state only ever grows, so a row that ``emit`` holds back was never told
+    before; a row told earlier that the filters no longer pass becomes a delete, which is harmless if it was never told.
     """
     invariant("window_start" in frame.columns, f"Changed rows have no window_start: {frame.columns}.")
     told = frame.filter(pl.col(STATE) >= _FIRST_STATE[emit]) if emit != "on_update" else frame
@@ -38,7 +38,8 @@ def sink_rows(frame: pl.DataFrame, emit: Emit, *, expire_at_ms: int | None = Non
 
 
 def latest(frames: Sequence[pl.DataFrame], shape: TableShape) -> pl.DataFrame:
-    """Changed rows of several epochs, oldest first, as one frame that holds each row as it was last: a replay coalesces."""
+    """Changed rows of several epochs, oldest first, as one frame that holds each row as it was last: a replay
+    coalesces."""
     joined = pl.concat(frames)
     return joined.unique(shape.identity, keep="last", maintain_order=True)
 

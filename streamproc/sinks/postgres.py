@@ -1,14 +1,15 @@
 """Rows as a Postgres table, with the ledger beside it in the same transaction. Postgres 15 or later.
 
-The table has the shape's columns and ``UNIQUE NULLS NOT DISTINCT (keys, window_start)``: a null group key is a value of its
-own, which a primary key cannot hold. A table that is there already is used if it can hold the rows; it may have more
-columns, if they may be null or have a default. Text is ``text``, integers ``bigint``, floats ``double precision`` (NaN and
-infinities included), booleans, dates, and times as ``timestamptz``. Text with a NUL character is refused by Postgres.
+The table has the shape's columns and ``UNIQUE NULLS NOT DISTINCT (keys, window_start)``: a null group key is a value of
+its own, which a primary key cannot hold. A table that is there already is used if it can hold the rows; it may have
+more columns, if they may be null or have a default. Text is ``text``, integers ``bigint``, floats ``double precision``
+(NaN and infinities included), booleans, dates, and times as ``timestamptz``. Text with a NUL character is refused by
+Postgres.
 
 One `apply` is one transaction: rows are copied to a temporary table (CSV made by Polars: a fifth of the client time of
-asyncpg's binary records), then the ledger is moved by compare-and-set, then rows are upserted and deleted. The copy comes
-first because it is the only step that waits for the client: a worker that is stopped in the middle of it holds no lock.
-Connections keep temporary tables, so a pooler in between must pool sessions, not transactions.
+asyncpg's binary records), then the ledger is moved by compare-and-set, then rows are upserted and deleted. The copy
+comes first because it is the only step that waits for the client: a worker that is stopped in the middle of it holds no
+lock. Connections keep temporary tables, so a pooler in between must pool sessions, not transactions.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 def postgres(dsn: str, *, schema: str = "public", table: str | None = None) -> PostgresSink:
     """A sink that keeps a table as a Postgres table.
 
-    ``dsn``: ``postgresql://…``, as asyncpg takes it. ``schema`` must exist. ``table``: the target's name, else the name of
-    the table that is sunk. The user needs the right to create tables there, unless both tables exist already.
+    ``dsn``: ``postgresql://…``, as asyncpg takes it. ``schema`` must exist. ``table``: the target's name, else the name
+    of the table that is sunk. The user needs the right to create tables there, unless both tables exist already.
     """
     return PostgresSink(dsn, schema, table)
 
@@ -139,8 +140,8 @@ class PostgresWriter:
 
     def _moved(self, held: Ledger | None) -> LedgerMoved:
         return LedgerMoved(
-            f"The ledger of {self._owner} in {LEDGER_TABLE} of {_public_name(self._dsn)} is not where this task left it "
-            f"({held})."
+            f"The ledger of {self._owner} in {LEDGER_TABLE} of {_public_name(self._dsn)} is not where this task "
+            f"left it ({held})."
         )
 
     async def _copy(self, session: Session, frame: pl.DataFrame, columns: list[str]) -> None:
@@ -149,8 +150,8 @@ class PostgresWriter:
             return
         staging = await session.stage(self._staged(columns))
         text = frame.select(columns).write_csv(include_header=False, quote_style="non_numeric").encode()
-        # One buffer, which asyncpg takes although its types do not say so: between two pieces of a file it waits without
-        # any time-out, and for ever if the connection dies there. (Plain bytes it takes for a path.)
+        # One buffer, which asyncpg takes although its types do not say so: between two pieces of a file it waits
+        # without any time-out, and for ever if the connection dies there. (Plain bytes it takes for a path.)
         block: Any = memoryview(text)
         await session.connection.copy_to_table(staging, source=block, columns=columns, format="csv", null="")
 

@@ -35,8 +35,8 @@ class Session:
         self._staged: set[str] = set()
 
     def transaction(self) -> Transaction:
-        """READ COMMITTED whatever the server's default: the ledger's compare-and-set rests on its waiting for a row lock
-        and then looking at the row anew."""
+        """READ COMMITTED whatever the server's default: the ledger's compare-and-set rests on its waiting for a row
+        lock and then looking at the row anew."""
         return self.connection.transaction(isolation="read_committed")
 
     def staging(self, columns: str) -> str:
@@ -54,15 +54,17 @@ class Session:
         return name
 
     def forget_staged(self) -> None:
-        """After a rollback: tables made in that transaction are gone, older ones are not; the next `stage` finds out."""
+        """After a rollback: tables made in that transaction are gone, older ones are not; the next `stage` finds
+        out."""
         self._staged.clear()
 
 
 class Pool:
-    """At most `limits.SINK_CONNECTIONS_MAX` connections, made when needed; one that failed is dropped, never used again.
+    """At most `limits.SINK_CONNECTIONS_MAX` connections, made when needed; one that failed is dropped, never used
+    again.
 
-    A session's server ends it when it idles inside a transaction, so that a worker that was stopped there does not hold a
-    ledger's lock against its successor.
+    A session's server ends it when it idles inside a transaction, so that a worker that was stopped there does not hold
+    a ledger's lock against its successor.
     """
 
     def __init__(self, dsn: str, name: str) -> None:
@@ -73,8 +75,8 @@ class Pool:
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Session]:
-        """A connection for one call. Leaving by anything but success or `LedgerMoved` terminates it: after a time-out or a
-        cancellation nobody knows what it is doing."""
+        """A connection for one call. Leaving by anything but success or `LedgerMoved` terminates it: after a time-out
+        or a cancellation nobody knows what it is doing."""
         async with self._slots:
             with failures(self._name):
                 session = await self._take()

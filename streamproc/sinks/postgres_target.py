@@ -1,4 +1,5 @@
-"""The tables of a Postgres sink: made if missing, else held against what the rows need before the first one is written."""
+"""The tables of a Postgres sink: made if missing, else held against what the rows need before the first one is
+written."""
 
 from __future__ import annotations
 
@@ -88,25 +89,23 @@ async def _check_columns(session: Session, schema: str, table: str, shape: Table
             _target(schema, table),
         )
     }
-    where = f"Postgres table {schema}.{table}"
+    where, alter = f"Postgres table {schema}.{table}", f"ALTER TABLE {_target(schema, table)}"
     for name, kind in column_types(shape).items():
         if name not in found:
             raise UserError(
                 f"{where} has no column {name}, which table {shape.table} needs ({kind}).",
-                remedy=f"ALTER TABLE {_target(schema, table)} ADD COLUMN {quoted(name)} {kind}; or sink into a new table.",
+                remedy=f"{alter} ADD COLUMN {quoted(name)} {kind}; or sink into a new table.",
             )
         if found[name][0] != kind:
             raise UserError(
                 f"Column {name} of {where} is {found[name][0]}, but table {shape.table} needs {kind}.",
-                remedy=f"ALTER TABLE {_target(schema, table)} ALTER COLUMN {quoted(name)} TYPE {kind}; or sink into a new "
-                "table.",
+                remedy=f"{alter} ALTER COLUMN {quoted(name)} TYPE {kind}; or sink into a new table.",
             )
     for name, (_, fillable) in found.items():
         if name not in shape.names and not fillable:
             raise UserError(
-                f"Column {name} of {where} must not be null and has no default, but table {shape.table} does not fill it.",
-                remedy=f"ALTER TABLE {_target(schema, table)} ALTER COLUMN {quoted(name)} DROP NOT NULL; or sink into a new "
-                "table.",
+                f"Column {name} of {where} must not be null and has no default, but {shape.table} does not fill it.",
+                remedy=f"{alter} ALTER COLUMN {quoted(name)} DROP NOT NULL; or sink into a new table.",
             )
 
 
@@ -115,7 +114,8 @@ async def _check_unique(session: Session, schema: str, table: str, shape: TableS
     indexes = await session.connection.fetch(
         "SELECT i.indnullsnotdistinct OR bool_and(a.attnotnull) AS total, "
         "       i.indisvalid AND i.indimmediate AND i.indpred IS NULL AS usable, array_agg(a.attname::text) AS columns "
-        "FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey[0:i.indnkeyatts-1]) "
+        "FROM pg_index i "
+        "JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey[0:i.indnkeyatts-1]) "
         "WHERE i.indrelid = to_regclass($1) AND i.indisunique AND i.indexprs IS NULL GROUP BY i.indexrelid, "
         "      i.indnullsnotdistinct, i.indisvalid, i.indimmediate, i.indpred",
         _target(schema, table),
@@ -129,8 +129,8 @@ async def _check_unique(session: Session, schema: str, table: str, shape: TableS
     for index in indexes:
         if set(index["columns"]) < identity:
             raise UserError(
-                f"{where} is unique by ({', '.join(index['columns'])}), which is less than what identifies a row of table "
-                f"{shape.table} ({', '.join(shape.identity)}): different rows would overwrite each other.",
+                f"{where} is unique by ({', '.join(index['columns'])}), which is less than what identifies a row of "
+                f"table {shape.table} ({', '.join(shape.identity)}): different rows would overwrite each other.",
                 remedy=f"Drop that constraint, then: {remedy}",
             )
     matching = [index for index in indexes if set(index["columns"]) == identity and index["usable"]]

@@ -3,12 +3,13 @@
     {revenue:3}:ledger                  log_id, incarnation, epoch, hint, app
     {revenue:3}:DE:1357002000000        orders=17, revenue=812.5, window_end=1357005600000
 
-A row's key is `{table:partition}:key:window_start_ms`, where *key* is the group keys joined by ``:``. Inside a group key
-(and the table's name) ``%`` is written ``%25``, ``:`` is ``%3A``, braces are ``%7B`` and ``%7D``; a null key is ``%00``,
-which no text can be mistaken for. Which partition a key is in: `core.partitioner`.
+A row's key is `{table:partition}:key:window_start_ms`, where *key* is the group keys joined by ``:``. Inside a group
+key (and the table's name) ``%`` is written ``%25``, ``:`` is ``%3A``, braces are ``%7B`` and ``%7D``; a null key is
+``%00``, which no text can be mistaken for. Which partition a key is in: `core.partitioner`.
 
 Values: null = field absent; booleans ``1`` and ``0``; floats the shortest text that reads back as the same number (also
-``NaN``, ``inf``, ``-inf``); times milliseconds since the epoch; dates ISO. Fields of a row are always replaced together.
+``NaN``, ``inf``, ``-inf``); times milliseconds since the epoch; dates ISO. Fields of a row are always replaced
+together.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ _EXPIRY_MS_MIN: Final = 1
 """Some servers take an expiry before 1970 for an error: the first millisecond is as much in the past."""
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
-# KEYS: the ledger, the rows to write, the rows to delete. ARGV: the ledger held ("" three times: none), the ledger to move
-# to (no log id: do not move), how many rows are written, and a msgpack block of field names, columns of text and expiries.
-# Redis does not roll a script back, so whatever can fail is looked at before the first write. That first write changes
-# nothing and is of the kind a full or read-only server refuses: after it, the server lets the script end.
+# KEYS: the ledger, the rows to write, the rows to delete. ARGV: the ledger held ("" three times: none), the ledger to
+# move to (no log id: do not move), how many rows are written, and a msgpack block of field names, columns of text and
+# expiries. Redis does not roll a script back, so whatever can fail is looked at before the first write. That first
+# write changes nothing and is of the kind a full or read-only server refuses: after it, the server lets the script end.
 _SCRIPT: Final = """
 local function is_hash(key)
   local kind = redis.call('TYPE', key).ok
@@ -86,9 +87,9 @@ return {'done'}
 def redis(url: str, *, ttl: Duration | None = None) -> RedisSink:
     """A sink that keeps a table as Redis hashes.
 
-    ``url``: ``redis://``, ``rediss://`` (TLS) or ``unix://``, as redis-py takes it. ``ttl``: a row leaves Redis by itself
-    this long after its window's end, **in event time**: a replay of old data writes rows that are gone at once. The server
-    must not evict (`maxmemory-policy noeviction`), or rows would vanish without the ledger knowing.
+    ``url``: ``redis://``, ``rediss://`` (TLS) or ``unix://``, as redis-py takes it. ``ttl``: a row leaves Redis by
+    itself this long after its window's end, **in event time**: a replay of old data writes rows that are gone at once.
+    The server must not evict (`maxmemory-policy noeviction`), or rows would vanish without the ledger knowing.
     """
     return RedisSink(url, None if ttl is None else milliseconds(ttl, setting="ttl"))
 
@@ -118,7 +119,8 @@ class _Slice(NamedTuple):
 
 
 class RedisWriter:
-    """One table and task in Redis. See `contract.SinkWriter`; also for what `prune` costs: it walks the whole keyspace."""
+    """One table and task in Redis. See `contract.SinkWriter`; also for what `prune` costs: it walks the whole
+    keyspace."""
 
     def __init__(self, url: str, name: str, shape: TableShape, app_id: str, partition: int, ttl_ms: int | None) -> None:
         self._url, self._name, self._shape, self._app, self._ttl_ms = url, name, shape, app_id, ttl_ms
@@ -222,13 +224,14 @@ class RedisWriter:
         status, *detail = (part.decode("utf-8", "replace") for part in outcome)
         if status == "foreign":
             raise UserError(
-                f"{self._name} has a key {detail[0]!r} that is not a hash, where a row of table {self._shape.table} belongs.",
+                f"{self._name} has a key {detail[0]!r} that is not a hash, where a row of table {self._shape.table} "
+                "belongs.",
                 remedy="Delete that key or name the table differently.",
             )
         if status == "moved":
             raise LedgerMoved(
-                f"The ledger of table {self._shape.table} in {self._name} is at (log, incarnation, epoch) = {tuple(detail)}, "
-                f"not where this task left it ({arguments[:3]})."
+                f"The ledger of table {self._shape.table} in {self._name} is at (log, incarnation, epoch) = "
+                f"{tuple(detail)}, not where this task left it ({arguments[:3]})."
             )
 
     async def _run(self, client: Redis, keys: list[str], arguments: list[str | bytes]) -> Any:
@@ -433,7 +436,9 @@ def _failures(name: str) -> Iterator[None]:
 def _consequence(name: str, error: BaseException) -> SinkUnavailable | UserError:
     text = str(error) or type(error).__name__
     if isinstance(error, _REFUSED):
-        return UserError(f"{name} refuses this user: {text}.", remedy="Check user and password in the URL, and the ACL.")
+        return UserError(
+            f"{name} refuses this user: {text}.", remedy="Check user and password in the URL, and the ACL."
+        )
     if isinstance(error, rx.MovedError):
         return UserError(
             f"{name} is one node of a cluster of several, and another one holds this table.",
@@ -443,6 +448,7 @@ def _consequence(name: str, error: BaseException) -> SinkUnavailable | UserError
         return UserError(f"What answers at {name} is not a Redis.", remedy="Check host and port in the URL.")
     if isinstance(error, rx.ResponseError) and not isinstance(error, _NOT_NOW) and not text.startswith(_NOT_NOW_CODES):
         return UserError(
-            f"{name} refused a command: {text}.", remedy="Check the URL and the server's version: 6.2 or later is needed."
+            f"{name} refused a command: {text}.",
+            remedy="Check the URL and the server's version: 6.2 or later is needed.",
         )
     return SinkUnavailable(f"{name} does not answer or cannot write now: {text}.")

