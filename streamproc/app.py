@@ -31,7 +31,7 @@ from streamproc.runtime.surface import Agent, Table, TableManager, Topic
 from streamproc.runtime.topology import AgentTable, Group, agent_group, pipeline_groups
 from streamproc.state.contract import Store
 from streamproc.state.memory import MemoryStore
-from streamproc.state.rocksdb import RocksDBStore
+from streamproc.state.rocksdb import open_or_discard
 from streamproc.transport.contract import TopicSpec, Transport
 from streamproc.transport.embedded import EmbeddedTransport
 
@@ -200,7 +200,7 @@ class App(faust.App):
         """The local store of one task."""
         if self._state_store.startswith("memory"):
             return MemoryStore()
-        return RocksDBStore(folder)
+        return open_or_discard(folder)
 
     def declared_topics(self) -> list[TopicSpec]:
         """Source and output topics as declared; partitions 0 where the declaration leaves the number open."""

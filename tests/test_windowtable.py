@@ -6,7 +6,7 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, time, timedelta
 from fractions import Fraction
 from typing import Any
 
@@ -498,6 +498,44 @@ def test_results_have_fixed_types_also_without_rows() -> None:
         "k": (False, 0.0),
         "z": (True, 0.5),
     }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        (pl.Boolean(), [True, False]),
+        (pl.UInt8(), [0, 255]),
+        (pl.Int32(), [-(1 << 31), 5]),
+        (pl.UInt64(), [0, (1 << 64) - 1]),
+        (pl.Float32(), [-1.5, 2.25]),
+        (pl.Time(), [time(1), time(2, 3)]),
+        (pl.Datetime("us", "UTC"), [datetime(1960, 1, 1, tzinfo=UTC), datetime(2020, 1, 1, 0, 0, 0, 7, tzinfo=UTC)]),
+        (pl.Duration("ms"), [timedelta(-1), timedelta(1)]),
+        (pl.String(), ["", "ä"]),
+    ],
+)
+def test_extremes_of_every_type_come_back_in_their_type(dtype: pl.DataType, values: list[Any]) -> None:
+    aggs = {"least": Agg("min", "x"), "most": Agg("max", "x"), "u": Agg("count_distinct", "x")}
+    owner = Owner(plan(aggs, keys={}, inputs={"x": dtype}))
+    owner.apply([{"at": 1, "x": value} for value in (*values, None, *values)])
+    owner.commit()
+    found = owner.table.results(owner.state.rows.items())
+    assert found["least"].dtype == found["most"].dtype == dtype
+    assert found.select("least", "most", "u").rows() == [(min(values), max(values), 2)]
+
+
+def test_booleans_and_small_integers_are_summed_as_int64() -> None:
+    inputs = {"b": pl.Boolean(), "i": pl.UInt8(), "u": pl.UInt64()}
+    owner = Owner(plan({name: Agg("sum", name) for name in inputs} | {"m": Agg("mean", "b")}, keys={}, inputs=inputs))
+    owner.apply([{"at": 1, "b": True, "i": 255, "u": 1 << 62}] * 2 + [{"at": 1, "b": False, "i": None, "u": None}])
+    owner.commit()
+    with pytest.raises(UserError, match="u of"):
+        owner.rows()
+    owner = Owner(plan({name: Agg("sum", name) for name in inputs} | {"m": Agg("mean", "b")}, keys={}, inputs=inputs))
+    owner.apply([{"at": 1, "b": True, "i": 255, "u": 1 << 61}] * 2 + [{"at": 1, "b": False, "i": None, "u": None}])
+    owner.commit()
+    (row,) = owner.rows()
+    assert (row["b"], row["i"], row["u"], row["m"]) == (2, 510, 1 << 62, 2 / 3)
 
 
 def test_row_is_found_by_its_window_and_key() -> None:

@@ -118,7 +118,7 @@ AvroType: TypeAlias = Primitive | Fixed | Enum | Array | MapOf | Union | Record
 
 @dataclass(frozen=True, eq=False)
 class Schema:
-    """The schema of a topic's values: a record, where it came from, and fastavro's parsed form of it (for writing)."""
+    """The schema of a topic's values: a record, its source, and fastavro's parsed form (to compare schemas by)."""
 
     root: Record
     parsed: Any

@@ -93,7 +93,7 @@ class PartialAggregator:
         self._groups.clear()
 
     def _ship(self, head: PartialHeader, changed: bool) -> Iterator[Partial]:
-        keys = encode_group_keys(self._groups.keys)
+        keys = encode_group_keys(self._groups.keys, len(self._groups))
         lengths = np.fromiter(map(len, keys), np.int64, len(keys))
         homes = np.empty(len(keys), np.int64)
         partitions_of(np.frombuffer(b"".join(keys), np.uint8), np.cumsum(lengths), self._plan.partitions, homes)

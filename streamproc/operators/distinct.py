@@ -21,6 +21,8 @@ _SLOTS_MIN: Final = 16
 _SET_BYTES: Final = 400
 """What a set takes besides its table: Python objects and its name."""
 _PART_BYTES: Final = 2
+_WINDOW_BYTES: Final = 8
+"""A name begins with its window's prefix (`tablerows.window_prefix`)."""
 
 
 class _HashSet:
@@ -61,6 +63,9 @@ class DistinctSets:
         self._state = state
         self._bytes_max = cache_bytes_max
         self._sets: dict[bytes, _HashSet] = {}
+        self._of_window: dict[bytes, set[bytes]] = {}
+        """Window prefix -> the cached sets of that window, so that `forget` looks at no others."""
+        self._pending_bytes = 0
         self._pending: dict[bytes, list[U64]] = {}
         self._bytes = 0
         self._written: dict[bytes, int] = {}
@@ -69,7 +74,7 @@ class DistinctSets:
     @property
     def pending_bytes(self) -> int:
         """New hashes that no `flush` has written yet."""
-        return 16 * sum(len(ids) for pieces in self._pending.values() for ids in pieces)
+        return self._pending_bytes
 
     @property
     def cached_bytes(self) -> int:
@@ -82,6 +87,7 @@ class DistinctSets:
         fresh = held.add(np.frombuffer(ids, "<u8").astype(np.uint64).reshape(-1, 2))
         if len(fresh):
             self._pending.setdefault(prefix, []).append(fresh)
+            self._pending_bytes += 16 * len(fresh)
         self._keep(prefix, held)
         return len(fresh)
 
@@ -97,16 +103,20 @@ class DistinctSets:
                 key = prefix + epoch.to_bytes(8, "big") + part.to_bytes(_PART_BYTES, "big")
                 self._state.put(key, data[start : start + DISTINCT_CHUNK_BYTES_MAX])
         self._pending.clear()
+        self._pending_bytes = 0
 
     def forget(self, window: bytes) -> None:
         """Nothing will be added to the sets of this window any more."""
-        for prefix in [prefix for prefix in self._sets if prefix.startswith(window)]:
-            self._bytes -= self._sets.pop(prefix).size_bytes
+        for prefix in self._of_window.pop(window, ()):
+            if (held := self._sets.pop(prefix, None)) is not None:
+                self._bytes -= held.size_bytes
 
     def abort(self) -> None:
         """Back to what the state holds."""
         self._sets.clear()
+        self._of_window.clear()
         self._pending.clear()
+        self._pending_bytes = 0
         self._written.clear()
         self._bytes = 0
 
@@ -125,6 +135,7 @@ class DistinctSets:
     def _keep(self, prefix: bytes, held: _HashSet) -> None:
         """The latest used comes last; the first go while there are too many bytes."""
         self._sets[prefix] = held
+        self._of_window.setdefault(prefix[:_WINDOW_BYTES], set()).add(prefix)
         self._bytes += held.size_bytes
         while self._bytes > self._bytes_max and len(self._sets) > 1:
             oldest = next(iter(self._sets))

@@ -73,10 +73,10 @@ def decode_group_key(data: bytes, keys: Mapping[str, pl.DataType]) -> tuple[Any,
     return tuple(column.item() for column in group_key_columns([data], keys))
 
 
-def encode_group_keys(frame: pl.DataFrame) -> list[bytes]:
-    """`encode_group_key` of every row; the columns are the keys in order."""
+def encode_group_keys(frame: pl.DataFrame, rows: int) -> list[bytes]:
+    """`encode_group_key` of ``rows`` rows; the columns are the keys in order. (A frame without columns has no rows.)"""
     if not frame.width:
-        return [_encoder.encode([])] * len(frame)
+        return [_encoder.encode([])] * rows
     physical = [column.to_physical().to_list() for column in frame.get_columns()]
     return [_encoder.encode(row) for row in zip(*physical, strict=True)]
 

@@ -23,7 +23,7 @@ from streamproc.runtime.work import SinkUse, StateTable, Work
 from streamproc.sinks.contract import TableShape
 from streamproc.state.fingerprint import ObjectTable, fingerprint_of
 from streamproc.state.objects import ObjectOverlay
-from streamproc.state.overlay import Overlay
+from streamproc.state.overlay import Overlay, require_distinct_prefixes
 from streamproc.transport.contract import TopicSpec
 
 __all__ = ["AgentTable", "Group", "agent_group", "internal_topics", "pipeline_groups", "repartition_topic"]
@@ -74,6 +74,7 @@ def pipeline_groups(
     partitions: Mapping[str, int],
 ) -> list[Group]:
     """Per pipeline a group that reads its topic; per table a group that owns it."""
+    require_distinct_prefixes(handle.name for handle in declaration.tables)
     groups: list[Group] = []
     handles = {handle.name: handle for handle in declaration.tables}
     for plan in plans:
@@ -121,6 +122,7 @@ def agent_group(specs: Sequence[AgentSpec], tables: Sequence[AgentTable], reader
             remedy="Agents share their tables by partition number: give the topics the same count, or use several apps.",
             where=specs[0].where,
         )
+    require_distinct_prefixes(table.name for table in tables)
     state = tuple(
         StateTable(
             table.name,
