@@ -274,8 +274,8 @@ def test_tasks_of_a_worker_share_a_bounded_number_of_connections(place: Postgres
 
         async def down_to(most: int) -> int:
             """Sessions, once there are no more than this: a closed one is listed a moment longer."""
-            while (sessions := int(await looker.fetchval(count))) > most:
-                await asyncio.sleep(0.01)  # noqa: ASYNC110 - it waits for another process
+            while (sessions := int(await looker.fetchval(count))) > most:  # noqa: ASYNC110 - of another process
+                await asyncio.sleep(0.01)
             return sessions
 
         assert await down_to(limits.SINK_CONNECTIONS_MAX) >= 1

@@ -16,8 +16,6 @@ from streamproc.core.hash128 import U64, compiled
 
 __all__ = [
     "CARRY_EVERY",
-    "EMPTY_HASHES",
-    "FIRST_LIMBS",
     "INFINITE",
     "NAN",
     "NEGATIVE_INFINITE",
@@ -44,9 +42,6 @@ NEGATIVE_INFINITE: Final = 4
 """Flags of what a float sum met that has no digits."""
 CARRY_EVERY: Final = 1 << 30
 """Additions after which limbs are carried: each adds less than 2^33 to a 64-bit word."""
-FIRST_LIMBS: Final = 3
-"""Limbs one float64 touches: 53 bits moved by up to 31."""
-EMPTY_HASHES: Final = np.zeros((0, 2), np.uint64)
 
 _LOW32, _HIDDEN, _FRACTION = np.uint64(0xFFFFFFFF), np.uint64(1 << 52), np.uint64((1 << 52) - 1)
 _U0, _U1, _U31, _U32, _EXPONENT = np.uint64(0), np.uint64(1), np.uint64(31), np.uint64(32), np.uint64(0x7FF)

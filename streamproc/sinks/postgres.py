@@ -71,10 +71,16 @@ class PostgresWriter:
         self._pool: Pool | None = None
 
     async def open(self) -> None:
+        first = self._pool is None
         if self._pool is None:
             self._pool = _pools.acquire(self._dsn)
-        async with self._pool.session() as session:
-            await prepare(session, self._schema, self._table, self._shape)
+        try:
+            async with self._pool.session() as session:
+                await prepare(session, self._schema, self._table, self._shape)
+        except BaseException:  # whatever it was, a writer that never opened must not keep connections from closing
+            if first:
+                await self.close()
+            raise
 
     async def close(self) -> None:
         if self._pool is not None:

@@ -138,6 +138,7 @@ class RedisWriter:
             _check_type(shape.table, column, dtype)
 
     async def open(self) -> None:
+        first = self._client is None
         if self._client is None:
             try:
                 self._client = _clients.acquire(self._url)
@@ -146,6 +147,14 @@ class RedisWriter:
                     f"The URL of {self._name} has an option that redis-py does not take.",
                     remedy="Check what stands behind its question mark.",
                 ) from None
+        try:
+            await self._check_policy()
+        except BaseException:  # whatever it was, a writer that never opened must not keep connections from closing
+            if first:
+                await self.close()
+            raise
+
+    async def _check_policy(self) -> None:
         memory = cast("dict[str, Any]", await self._call(lambda client: client.info("memory")))
         policy = memory.get("maxmemory_policy", "noeviction")
         if policy != "noeviction":
