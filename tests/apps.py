@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from streamproc.app import App
+from streamproc.core.batch import RawBatch
 from streamproc.core.clock import SystemClock
 from streamproc.core.types import Offset, TopicPartition
 from streamproc.transport.contract import OutRecord, TopicSpec, Transport
 from streamproc.transport.embedded import EmbeddedTransport
 
-__all__ = ["events_avsc", "new_app", "read_all", "rows_of", "running", "until", "write"]
+__all__ = ["events_avsc", "new_app", "read_all", "read_batches", "rows_of", "running", "until", "write"]
 
 EVENT = {
     "type": "record",
@@ -95,14 +96,18 @@ async def write(
 async def read_all(transport: Transport, topic: str) -> list[tuple[int, bytes | None, bytes | None, dict[str, Any]]]:
     """Every committed record: (partition, key, value, headers), by partition in offset order."""
     found = []
+    async for partition, batch in read_batches(transport, topic):
+        found += [(partition, batch.key(row), batch.value(row), dict(batch.headers(row))) for row in range(len(batch))]
+    return found
+
+
+async def read_batches(transport: Transport, topic: str) -> AsyncIterator[tuple[int, RawBatch]]:
+    """Every committed batch with its partition, by partition in offset order."""
     for partition in range(await transport.partitions(topic) or 0):
         tp = TopicPartition(topic, partition)
         ends = (await transport.offsets([tp]))[tp]
         async for batch in transport.read(tp, Offset(ends.begin), ends.stable):
-            found += [
-                (partition, batch.key(row), batch.value(row), dict(batch.headers(row))) for row in range(len(batch))
-            ]
-    return found
+            yield partition, batch
 
 
 def rows_of(app: App, table: str) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from streamproc.core.types import END_OF_TIME, NO_WATERMARK
 from streamproc.eventtime.spec import EventTime, Tumbling
 from streamproc.eventtime.watermark import MinWatermark, SourceClock
 from streamproc.eventtime.windows import WindowState, assign, late_mask, window_ends
-from streamproc.operators import aggregates
+from streamproc.operators import accumulators, aggregates
 from streamproc.operators.accumulate import PartialAggregator, warm_up
 from streamproc.operators.partials import decode_partial, encode_group_key
 from streamproc.operators.plan import Agg, Filter, TablePlan, WithColumns
@@ -310,6 +310,20 @@ def test_streaming_result_is_polars_result_over_many_records(groups: int) -> Non
     )
     found = owner.table.results(owner.state.rows.items()).with_columns(pl.col("window_start").dt.epoch("ms"))
     assert found.select(expected.columns).sort("k", "window_start").rows() == expected.rows()
+
+
+def test_float_sums_stay_exact_when_words_are_carried_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accumulators, "CARRY_EVERY", 3)
+    rng = np.random.default_rng(5)
+    values = rng.normal(size=400) * 10.0 ** rng.integers(-30, 30, 400)
+    table = plan({"f": Agg("sum", "f")}, keys={}, inputs={"f": pl.Float64()})
+    owner, aggregator = Owner(table), PartialAggregator(table)
+    for start in range(0, 400, 2):
+        aggregator.add(pl.DataFrame({"f": values[start : start + 2]}), np.zeros(2, np.int64))
+    for partial in aggregator.drain(0, 1, 1, 0, False):
+        owner.table.apply(*decode_partial(partial.payloads[0]), NO_WATERMARK)
+    owner.commit()
+    assert owner.rows()[0]["f"] == math.fsum(values)
 
 
 # ---- late

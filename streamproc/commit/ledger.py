@@ -1,10 +1,10 @@
 """What a task does with the ledger it finds in a sink: facts in, a decision out, no I/O.
 
-    read ──▶ decide ──▶ Fenced      a newer owner is there: close the task
-                   ├──▶ LogLost     (raised) the log is behind the sink: stop the worker
-                   ├──▶ UpToDate    claim
-                   ├──▶ CatchUp     claim, then replay the changelog's later epochs
-                   └──▶ Rebuild     claim as unfinished, upsert every live row, prune, then move to the committed epoch
+    read ──▶ decide_claim ──▶ Fenced      a newer owner is there: close the task
+                         ├──▶ LogLost     (raised) the log is behind the sink: stop the worker
+                         ├──▶ UpToDate    claim
+                         ├──▶ CatchUp     claim, then replay the changelog's later epochs
+                         └──▶ Rebuild     claim as unfinished, upsert live rows, prune, then move to the committed epoch
 
 The same path is taken at the start of a task and when an `apply` raised `LedgerMoved`: read again, decide again. That
 covers a lost answer too: the ledger is then where the unanswered call moved it, and the decision goes on from there.

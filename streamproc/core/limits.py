@@ -117,3 +117,31 @@ COMPACT_BYTES_MIN: Final = 1 << 20
 """A partition of the embedded log with less than this behind its last compaction is left alone at start."""
 COMPACT_AT_START_S: Final = 0.5
 """No further partition is compacted at start once this much of the budget to the first record is gone."""
+WEB_ROWS_MAX: Final = 1_000
+"""Rows in one answer of the web view; a list goes on by its cursor."""
+WEB_ROWS: Final = 100
+"""Rows in an answer when the question does not say how many."""
+WEB_SCAN_ROWS_MAX: Final = 5_000
+"""Stored rows looked at for one answer, whatever it filters by: an answer may end earlier and say where to go on."""
+WEB_SLICE_ROWS: Final = 500
+"""Stored rows decoded between two breaths of the event loop: a few milliseconds in which no batch is processed."""
+WEB_WINDOWS_MAX: Final = 500
+"""Windows of one chart."""
+WEB_TEXT_MAX: Final = 1_000
+"""Characters of one parameter."""
+WEB_VALUE_CHARS_MAX: Final = 20_000
+"""JSON of one value of an `app.Table` in a list; a longer one is told by its length, the point query gives it whole."""
+WEB_SIDE_RECORDS: Final = 100
+"""Dead letters or late records shown of one topic."""
+WEB_SIDE_BYTES_MAX: Final = 8 << 20
+"""Records of one side topic read for one answer: each may hold megabytes, of which the view shows the size only."""
+WEB_WORKER_TIMEOUT_S: Final = 3.0
+"""One answer of another worker to a forwarded question."""
+WEB_STREAMS_MAX: Final = 32
+"""Pages that one worker keeps up to date at a time."""
+WEB_EVENT_INTERVAL_S: Final = 1.0
+"""How often a live page is told what is new; also how old a shared answer may be."""
+WEB_SEND_TIMEOUT_S: Final = 10.0
+"""How long a live page may take to read an event before it is given up."""
+WEB_PATIENCE_S: Final = 0.5
+"""How long an answer waits for the broker before it gives the last facts it has."""

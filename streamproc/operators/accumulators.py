@@ -192,12 +192,12 @@ class _FloatSum:
         return (16 + 8 * self._limbs.shape[1]) * groups
 
     def _reach(self, lowest: int, highest: int) -> None:
-        """Have words ``lowest`` to ``highest``, and one more for carries."""
+        """Have words ``lowest`` to ``highest``. The last takes less than 2^21 an addition, so it holds the carries too."""
         if highest < lowest:
             return
         width = self._limbs.shape[1]
         base = lowest if self._base is None else min(self._base, lowest)
-        end = max(highest + 2, base if self._base is None else self._base + width)
+        end = max(highest + 1, base if self._base is None else self._base + width)
         if base != self._base or end > base + width:
             wider = np.zeros((len(self._limbs), end - base), np.int64)
             if self._base is not None:

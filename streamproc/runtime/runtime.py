@@ -131,9 +131,9 @@ class Runtime(Service):
             await self._prepare()
             ours = {topic for group in self.groups.values() for topic in group.plan.sources}
             self._membership = self.transport.membership(self.app.conf.id)
-            self._spawn(self._watch_membership(self._membership))
             listener = GroupListener(self._on_revoked, self._on_assigned)
             await self._membership.start(ours | topics, listener)
+            self._spawn(self._watch_membership(self._membership))
         except (WorkerFailure, BrokerUnavailable) as failure:
             await self.app.crash(failure)
 

@@ -1,0 +1,140 @@
+"""The worker's side of a measurement: it says where it is, and stands still until that has been written down.
+
+    worker                                        who measures
+    about to fetch the first order: "first"  ──▶  reads the process's CPU time
+    waits                                    ◀──  an empty line
+    the last row is committed and visible: "last" ──▶  reads it again
+    waits                                    ◀──  an empty line
+
+Nothing runs in the worker between a mark and its answer, so it does not matter how soon the measuring process is served.
+Without `STREAMPROC_BENCHMARK` in the environment nobody measures, and a job runs as any other.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+import streamproc as sp
+from streamproc.core.types import Offset, TopicPartition
+from streamproc.transport.contract import Fetcher, Transport
+
+__all__ = ["MARK", "SCHEMAS", "TOPIC", "MeasuredApp", "Settings", "settings"]
+
+MARK: Final = "@@benchmark "
+"""Begins a line of the worker's output that is meant for the measuring process; JSON follows."""
+TOPIC: Final = "orders"
+SCHEMAS: Final = Path(__file__).resolve().parent / "schemas"
+_VARIABLE: Final = "STREAMPROC_BENCHMARK"
+_POLL_S: Final = 0.02
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What a job is run with."""
+
+    broker: str = "embedded://data/benchmarks"
+    folder: str = "data/benchmarks"
+    """Where the worker keeps its state."""
+    app_id: str = "benchmark"
+    topic: str = TOPIC
+    records: int = 0
+    """In the topic before the worker starts; 0: nobody measures."""
+    commit_interval_s: float = 1.0
+    redis: str = ""
+    postgres: str = ""
+    profile: str = ""
+    """A file for cProfile's figures of what runs between the marks; the run's own figures are then worth nothing."""
+
+    def environment(self) -> dict[str, str]:
+        """For the worker's process."""
+        return {_VARIABLE: msgspec.json.encode(self).decode()}
+
+
+def settings() -> Settings:
+    """What this process was told."""
+    given = os.environ.get(_VARIABLE)
+    return msgspec.json.decode(given, type=Settings) if given else Settings()
+
+
+class MeasuredApp(sp.App):  # type: ignore[misc]  # Faust's own base is untyped
+    """An app that marks its first fetch of an order and the moment when `done` says that nothing is left to do."""
+
+    def __init__(self, told: Settings, done: Callable[[MeasuredApp], bool]) -> None:
+        super().__init__(
+            told.app_id,
+            broker=told.broker,
+            schemas=str(SCHEMAS),
+            commit_interval=f"{round(told.commit_interval_s * 1000)}ms",
+            datadir=Path(told.folder),
+            topic_disable_leader=True,
+        )
+        self.told = told
+        self._done = done
+        self._profile = cProfile.Profile() if told.profile else None
+        if told.records:
+            self.task(self._watch)
+
+    def make_transport(self) -> Transport:
+        transport = super().make_transport()
+        return _Marked(transport, self._begin) if self.told.records else transport  # type: ignore[return-value]
+
+    def _begin(self) -> None:
+        _say({"mark": "first"})
+        if self._profile is not None:
+            self._profile.enable()
+
+    async def _watch(self) -> None:
+        while not self._done(self):
+            await self.clock.sleep(_POLL_S)
+        if self._profile is not None:
+            self._profile.disable()
+            self._profile.dump_stats(self.told.profile)
+        tasks = self.runtime.tasks
+        # A task's first commit only tells its incarnation.
+        epochs = {str(name): task.view.commits - 1 for name, task in tasks.items()}
+        restarts = sum(task.view.restarts for task in tasks.values())
+        _say({"mark": "last", "epochs": epochs, "restarts": restarts})
+
+
+class _Marked:
+    """A transport whose first resumed partition of the orders is told; all else is the transport's own."""
+
+    def __init__(self, transport: Transport, begin: Callable[[], None]) -> None:
+        self._transport, self._begin, self._began = transport, begin, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def fetcher(self) -> Fetcher:
+        return _MarkedFetcher(self._transport.fetcher(), self)  # type: ignore[return-value]
+
+    def resumed(self, tp: TopicPartition) -> None:
+        if not self._began and tp.topic.startswith(TOPIC):
+            self._began = True
+            self._begin()
+
+
+class _MarkedFetcher:
+    def __init__(self, fetcher: Fetcher, of: _Marked) -> None:
+        self._fetcher, self._of = fetcher, of
+        self.get, self.pause, self.at_end = fetcher.get, fetcher.pause, fetcher.at_end
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fetcher, name)
+
+    def resume(self, tp: TopicPartition, position: Offset) -> None:
+        self._of.resumed(tp)
+        self._fetcher.resume(tp, position)
+
+
+def _say(what: dict[str, Any]) -> None:
+    """Print a mark and stand still until it is answered."""
+    print(MARK + json.dumps(what), flush=True)
+    sys.stdin.readline()
