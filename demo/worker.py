@@ -11,6 +11,8 @@ the worker alone may open).
 from __future__ import annotations
 
 import base64
+import os
+import signal
 from typing import Any, Final
 
 import msgspec
@@ -23,6 +25,20 @@ __all__ = ["app"]
 
 TOPIC_RECORDS_MAX: Final = 10_000
 """Of all partitions: the pages are for late records and dead letters, not for a log."""
+
+
+PARENT_CHECK_S: Final = 1.0
+
+
+@app.task
+async def follow_parent() -> None:
+    """The demo that started this worker may be killed without a word; nothing of it is to be left running."""
+    parent = os.environ.get("STREAMPROC_DEMO_PARENT")
+    while parent is not None:
+        if str(os.getppid()) != parent:
+            signal.raise_signal(signal.SIGTERM)
+            return
+        await app.clock.sleep(PARENT_CHECK_S)
 
 
 @app.page("/demo/progress")

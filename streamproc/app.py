@@ -34,6 +34,7 @@ from streamproc.state.memory import MemoryStore
 from streamproc.state.rocksdb import open_or_discard
 from streamproc.transport.contract import TopicSpec, Transport
 from streamproc.transport.embedded import EmbeddedTransport
+from streamproc.web import install
 
 __all__ = ["App", "Worker"]
 
@@ -88,6 +89,7 @@ class App(faust.App):
         self._schemas_folder = Path(schemas)
         self._state_store, self._broker = store, broker
         self._declared: dict[str, Topic] = {}
+        self._web_token: str | None = options.pop("web_token", None)
         options.pop("processing_guarantee", None)  # always exactly once; Faust's own machinery for it must stay off
         bind = options.setdefault("web_bind", "127.0.0.1")
         if bind in ("127.0.0.1", "localhost", "::1"):
@@ -231,6 +233,10 @@ class App(faust.App):
         """A path as given, else the same file name in the schema folder."""
         given = Path(path)
         return load_schema(given if given.exists() else self._schemas_folder / given.name)
+
+    def on_webserver_init(self, web: Any) -> None:
+        """The web view, beside Faust's own pages; `UserError` if it would be open to the network without a token."""
+        install(self, web, self._web_token)
 
     # ---- what ends the worker
 

@@ -8,6 +8,7 @@ whether all is done), and before a SIGKILL ``NAME.killed``: the positions that i
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -51,10 +52,17 @@ def read_in_all() -> int:
     return sum(next(iter(work.positions()["flights"].values())) for work in works)
 
 
+def show_tasks() -> None:
+    """On SIGUSR1: what every coroutine waits for."""
+    for running in asyncio.all_tasks():
+        running.print_stack(limit=4)
+
+
 @app.task
 async def watch() -> None:
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, show_tasks)
     told = 0.0
-    while True:
+    while not app.should_stop:
         if KILL_AT and read_in_all() >= KILL_AT and (lost := beyond()):
             (FOLDER / f"{NAME}.killed").write_text(json.dumps(lost))
             os.kill(os.getpid(), signal.SIGKILL)

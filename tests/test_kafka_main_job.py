@@ -83,9 +83,11 @@ class Place:
             try:
                 worker.wait(20)
             except subprocess.TimeoutExpired:
+                worker.send_signal(signal.SIGUSR1)
+                time.sleep(1)
                 worker.kill()
                 worker.wait()
-                raise
+                raise AssertionError("\n".join(p.read_text()[-6000:] for p in self.folder.glob("*.log"))) from None
 
 
 @contextmanager

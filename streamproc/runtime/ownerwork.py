@@ -72,9 +72,7 @@ class OwnerWork(Work):
 
     def collect(self, epoch: int) -> None:
         self.table.advance(self._clock.watermark, epoch)
-        if self._clock.watermark != END_OF_TIME:
-            # The end of a bounded input says that no more records come, not that time has passed: rows stay.
-            self.table.expire(self._clock.watermark, self._sinks_epoch)
+        self.table.expire(self._clock.watermark, self._sinks_epoch)
         self.table.collect(epoch)
 
     def outputs(self) -> dict[TopicPartition, list[OutRecord]]:

@@ -1,0 +1,111 @@
+"""python -m benchmarks NAME --records N --transport kafka --json"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.run import FULL_RECORDS, NAMES, TRANSPORTS, run
+from streamproc.core.clock import SystemClock
+from streamproc.core.errors import StreamprocError
+from streamproc.testing.kafka_server import can_start
+
+__all__ = ["main"]
+
+RESULTS: Final = Path(__file__).resolve().parent / "results.jsonl"
+SHOWN: Final = ("records_per_worker_cpu_s", "worker_cpu_s", "wall_s", "rss_mb", "commits", "correct")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0: every run was correct. 1: one was not, failed, or committed too seldom."""
+    given = _parser().parse_args(argv)
+    errors = Console(stderr=True, highlight=False)
+    names = NAMES if given.name == "all" else (given.name,)
+    code = 0
+    lines = []
+    for transport in _transports(given.transport, errors):
+        for name in names:
+            line = _run(name, transport, given, errors)
+            code |= int(line is None or not line["correct"])
+            if line is None:
+                continue
+            lines.append(line)
+            if given.json:
+                print(json.dumps(line), flush=True)
+            for difference in line.get("wrong", ()):
+                errors.print(f"wrong: {difference}", style="red", markup=False)
+    if not given.json:
+        Console().print(_table(lines, _last(RESULTS)))
+    if given.append:
+        with RESULTS.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Records per worker CPU-second.")
+    parser.add_argument("name", choices=[*NAMES, "all"])
+    parser.add_argument("--records", type=int, default=FULL_RECORDS, help="orders in the topic (default %(default)s)")
+    parser.add_argument("--transport", choices=[*TRANSPORTS, "all"], default="embedded",
+                        help="kafka starts one, or uses KAFKA_BOOTSTRAP; all: kafka too if it can be started")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="one JSON line a run on stdout, nothing else there")
+    parser.add_argument("--append", action="store_true", help=f"append the lines to {RESULTS.name}")
+    parser.add_argument("--commit-interval", type=float, metavar="S", help="seconds between two commits of a task")
+    parser.add_argument("--profile", default="", metavar="FILE", help="write cProfile's figures of the worker; slows it")
+    return parser
+
+
+def _transports(wanted: str, errors: Console) -> tuple[str, ...]:
+    if wanted != "all":
+        return (wanted,)
+    if can_start():
+        return TRANSPORTS
+    errors.print("No Kafka can be started here (Java and Maven, or KAFKA_BOOTSTRAP): its benchmarks are left out.")
+    return ("embedded",)
+
+
+def _run(name: str, transport: str, given: argparse.Namespace, errors: Console) -> dict[str, Any] | None:
+    with errors.status("") as status:
+        try:
+            return run(
+                name, given.records, transport, clock=SystemClock(), interval_s=given.commit_interval,
+                profile=given.profile, say=lambda what: status.update(f"{name} on {transport}: {what}"),
+            )  # fmt: skip
+        except StreamprocError as failure:
+            errors.print(str(failure), style="red", markup=False)
+            return None
+
+
+def _last(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The last line of each benchmark and transport."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [json.loads(line) for line in lines]
+    return {(line["name"], line["transport"]): line for line in found}
+
+
+def _table(lines: Iterable[dict[str, Any]], last: dict[tuple[str, str], dict[str, Any]]) -> Table:
+    """Each figure, with the last run's in brackets."""
+    table = Table("benchmark", "transport", "records", *(title.replace("_", " ") for title in SHOWN))
+    for line in lines:
+        before = last.get((line["name"], line["transport"]), {})
+        cells = [_cell(line[title], before.get(title)) for title in SHOWN]
+        table.add_row(line["name"], line["transport"], f"{line['records']:,}", *cells)
+    return table
+
+
+def _cell(now: Any, before: Any) -> str:
+    def spelt(value: Any) -> str:
+        return f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value).lower()
+
+    return spelt(now) if before is None else f"{spelt(now)} ({spelt(before)})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
