@@ -1,14 +1,45 @@
+# Each target makes .venv with the pinned dependencies if it is missing; nothing has to be set up before.
 VENV := .venv
 PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest -q
 
-.PHONY: check test-fast
+.PHONY: demo test check test-fast test-server test-kafka test-browser bench format clean
+
 $(VENV)/ready: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-check: $(VENV)/ready
-	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports
+demo: $(VENV)/ready   ## the main job on real input on this machine alone; ARGS=--exit leaves when it is done
+	$(PY) -m demo $(ARGS)
 
-test-fast: $(VENV)/ready
-	$(PY) -m pytest -q -m "not kafka and not server and not browser"
+test: $(VENV)/ready   ## everything
+	$(MAKE) --no-print-directory check
+	$(PYTEST) $(ARGS)
+
+check: $(VENV)/ready  ## formatter, linter, type checker, layers
+	$(VENV)/bin/ruff format --check --quiet .
+	$(VENV)/bin/ruff check --quiet .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo 2>/dev/null || $(VENV)/bin/lint-imports
+
+test-fast: $(VENV)/ready  ## units and properties; no server, under 60 s
+	$(PYTEST) -m "not kafka and not server and not browser and not slow" $(ARGS)
+
+test-server: $(VENV)/ready  ## contract suites and more on a real Postgres and Redis/Valkey
+	$(PYTEST) -m "server and not kafka" $(ARGS)
+
+test-kafka: $(VENV)/ready   ## on a real Apache Kafka that the tests start, or on KAFKA_BOOTSTRAP
+	$(PYTEST) -m kafka $(ARGS)
+
+test-browser: $(VENV)/ready
+	$(PYTEST) -m browser $(ARGS)
+
+bench: $(VENV)/ready  ## every benchmark, appended to benchmarks/results.jsonl
+	$(PY) -m benchmarks all $(ARGS)
+
+format: $(VENV)/ready
+	$(VENV)/bin/ruff format --quiet . && $(VENV)/bin/ruff check --quiet --fix .
+
+clean:
+	rm -rf $(VENV) .run build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

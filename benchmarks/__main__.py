@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="one JSON line a run on stdout, nothing else there")
     parser.add_argument("--append", action="store_true", help=f"append the lines to {RESULTS.name}")
     parser.add_argument("--commit-interval", type=float, metavar="S", help="seconds between two commits of a task")
-    parser.add_argument("--profile", default="", metavar="FILE", help="write cProfile's figures of the worker; slows it")
+    parser.add_argument(
+        "--profile", default="", metavar="FILE", help="write cProfile's figures of the worker; slows it"
+    )
     return parser
 
 

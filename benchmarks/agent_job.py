@@ -1,6 +1,6 @@
 """Benchmark ``agent``: orders per user, counted record by record in a table on disk with its changelog.
 
-    faust -A benchmarks.agent_job worker
+faust -A benchmarks.agent_job worker
 """
 
 from __future__ import annotations

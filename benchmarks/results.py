@@ -31,7 +31,10 @@ async def pipeline_rows(told: Settings, transport: Transport) -> Rows:
     for live in await _changelog(told, transport, pipeline_job.TABLE):
         frame = TableRows(plan).results(live.items())
         names = ("country", "window_start", "window_end", "orders", "revenue")
-        rows += [((country, _ms(start)), (_ms(end), *values)) for country, start, end, *values in frame.select(names).iter_rows()]
+        rows += [
+            ((country, _ms(start)), (_ms(end), *values))
+            for country, start, end, *values in frame.select(names).iter_rows()
+        ]
     return rows
 
 
@@ -68,7 +71,8 @@ async def postgres_rows(dsn: str) -> Rows:
     try:
         query = f'SELECT country, window_start, window_end, orders, revenue FROM "{pipeline_job.TABLE}"'
         return [
-            ((country, _ms(start)), (_ms(end), *values)) for country, start, end, *values in await connection.fetch(query)
+            ((country, _ms(start)), (_ms(end), *values))
+            for country, start, end, *values in await connection.fetch(query)
         ]
     finally:
         await connection.close()

@@ -31,7 +31,7 @@ from streamproc.testing import kafka_server
 from streamproc.testing.servers import EmbeddedPostgres, EmbeddedRedis
 from streamproc.transport.contract import OutRecord, TopicSpec, Transport
 
-__all__ = ["COMMITS_MIN", "NAMES", "TRANSPORTS", "TooFewCommits", "commit_interval_s", "run"]
+__all__ = ["COMMITS_MIN", "NAMES", "TRANSPORTS", "TooFewCommits", "commit_interval_s", "require_commits", "run"]
 
 NAMES: Final = ("pipeline", "agent")
 TRANSPORTS: Final = ("embedded", "kafka")
@@ -106,6 +106,21 @@ def commit_interval_s(records: int) -> float:
     """Between two commits of a task."""
     share = COMMIT_INTERVAL_S * records / FULL_RECORDS
     return max(COMMIT_INTERVAL_S_MIN, min(round(share, 3), COMMIT_INTERVAL_S))
+
+
+def require_commits(name: str, measured: Measured) -> int:
+    """How many epochs of orders were committed; raises `TooFewCommits` below `COMMITS_MIN`.
+
+    Tasks that merge what others have shipped commit too, but only those that read orders count.
+    """
+    commits = sum(count for task, count in measured.epochs.items() if not task.startswith("table-"))
+    if commits < COMMITS_MIN:
+        raise TooFewCommits(
+            f"The worker of {name} committed {commits} times in {measured.wall_s:.2f} s, fewer than {COMMITS_MIN}: the "
+            "run is refused.",
+            remedy="Give it more records, or a shorter --commit-interval.",
+        )
+    return commits
 
 
 def _warm_up(name: str, told: Settings, log: Log, folder: Path, clock: Clock, say: Say) -> None:
@@ -199,14 +214,6 @@ async def _compare(name: str, told: Settings, log: Log, input_: Orders) -> list[
 
 
 def _line(name: str, transport: str, told: Settings, measured: Measured, wrong: list[str], log: Log) -> dict[str, Any]:
-    # Tasks that merge what others have shipped commit too, but only those that read orders are counted.
-    commits = sum(count for task, count in measured.epochs.items() if not task.startswith("table-"))
-    if commits < COMMITS_MIN:
-        raise TooFewCommits(
-            f"{name} on {transport} committed {commits} times in {measured.wall_s:.2f} s, fewer than {COMMITS_MIN}: "
-            "the run is refused.",
-            remedy="Give it more records, or a shorter --commit-interval.",
-        )
     packages = {package: version(package) for package in PACKAGES}
     line = {
         "name": name,
@@ -216,7 +223,7 @@ def _line(name: str, transport: str, told: Settings, measured: Measured, wrong: 
         "worker_cpu_s": round(measured.cpu_s, 3),
         "records_per_worker_cpu_s": round(told.records / measured.cpu_s),
         "rss_mb": round(measured.rss_mb),
-        "commits": commits,
+        "commits": require_commits(name, measured),
         "commits_all_tasks": sum(measured.epochs.values()),
         "commit_interval_s": told.commit_interval_s,
         "task_restarts": measured.restarts,
@@ -237,7 +244,9 @@ def _machine() -> str:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         model = names[0] if names else model
     memory = psutil.virtual_memory().total / 2**30
     return f"{model}, {os.cpu_count()} CPUs, {memory:.0f} GiB, {platform.system()} {platform.machine()}"

@@ -47,7 +47,15 @@ def measure(job: str, told: Settings, clock: Clock, *, faust: Path | None = None
 
     Raises `UserError` with the end of its output when it stops before that or takes longer than `RUN_S_MAX`.
     """
-    command = [str(faust or Path(sys.executable).with_name("faust")), "-A", f"benchmarks.{job}", "worker", "-l", "warn", "--without-web"]
+    command = [
+        str(faust or Path(sys.executable).with_name("faust")),
+        "-A",
+        f"benchmarks.{job}",
+        "worker",
+        "-l",
+        "warn",
+        "--without-web",
+    ]
     process = subprocess.Popen(
         command, cwd=_ROOT, env={**os.environ, **told.environment(), "PYTHONUNBUFFERED": "1"}, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
@@ -114,7 +122,11 @@ class _Run:
                 return mark
             break
         code = self._process.poll()
-        what = f"did not come to its mark {name!r} in {RUN_S_MAX} s" if code is None else f"ended with code {code} before its mark {name!r}"
+        what = (
+            f"did not come to its mark {name!r} in {RUN_S_MAX} s"
+            if code is None
+            else f"ended with code {code} before its mark {name!r}"
+        )
         raise UserError(f"The worker {what}.", remedy=f"The end of its output:\n{''.join(self._tail)}")
 
     def _answer(self) -> None:
