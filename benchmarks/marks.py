@@ -63,7 +63,7 @@ def settings() -> Settings:
     return msgspec.json.decode(given, type=Settings) if given else Settings()
 
 
-class MeasuredApp(sp.App):  # type: ignore[misc]  # Faust's own base is untyped
+class MeasuredApp(sp.App):
     """An app that marks its first fetch of an order and the moment when `done` says that nothing is left to do."""
 
     def __init__(self, told: Settings, done: Callable[[MeasuredApp], bool]) -> None:
@@ -83,7 +83,7 @@ class MeasuredApp(sp.App):  # type: ignore[misc]  # Faust's own base is untyped
 
     def make_transport(self) -> Transport:
         transport = super().make_transport()
-        return _Marked(transport, self._begin) if self.told.records else transport  # type: ignore[return-value]
+        return _Marked(transport, self._begin) if self.told.records else transport
 
     def _begin(self) -> None:
         _say({"mark": "first"})
@@ -113,7 +113,7 @@ class _Marked:
         return getattr(self._transport, name)
 
     def fetcher(self) -> Fetcher:
-        return _MarkedFetcher(self._transport.fetcher(), self)  # type: ignore[return-value]
+        return _MarkedFetcher(self._transport.fetcher(), self)
 
     def resumed(self, tp: TopicPartition) -> None:
         if not self._began and tp.topic.startswith(TOPIC):

@@ -36,7 +36,10 @@ DISORDER_MS: Final = 5_000
 USERS: Final = 100_000
 REPEATED: Final = 0.02
 REPEATED_WITHIN: Final = 3_000
-COUNTRIES: Final = "US DE FR GB IN BR JP CN CA AU ES IT NL SE PL MX KR TR ID AR ZA NG EG CH AT BE DK NO FI PT".split()
+COUNTRIES: Final = (
+    "US", "DE", "FR", "GB", "IN", "BR", "JP", "CN", "CA", "AU", "ES", "IT", "NL", "SE", "PL",
+    "MX", "KR", "TR", "ID", "AR", "ZA", "NG", "EG", "CH", "AT", "BE", "DK", "NO", "FI", "PT",
+)  # fmt: skip
 STATUSES: Final = ("completed", "cancelled", "pending")
 FORMAT: Final = 1
 """Goes up when the same seed would give other data, so that nothing old is found in the cache."""
@@ -193,7 +196,7 @@ def _same(n: int, data: bytes) -> tuple[U8, NDArray[np.bool_]]:
     return _whole(np.tile(np.frombuffer(data, np.uint8), (n, 1)))
 
 
-def _text(codes: NDArray[np.generic], names: tuple[str, ...] | list[str]) -> tuple[U8, NDArray[np.bool_]]:
+def _text(codes: NDArray[np.generic], names: tuple[str, ...]) -> tuple[U8, NDArray[np.bool_]]:
     """Length and letters of ``names[code]``; every name is below 64 letters, so its length is one byte."""
     width = 1 + max(map(len, names))
     rows = np.zeros((len(names), width), np.uint8)

@@ -18,7 +18,7 @@ from typing import Any, Final
 from xml.etree import ElementTree
 
 import msgspec
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from benchmarks import oracle, results
 from benchmarks.marks import TOPIC, Settings

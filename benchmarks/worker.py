@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from benchmarks.marks import MARK, Settings
 from streamproc.core.clock import Clock
@@ -120,14 +120,17 @@ class _Run:
                 continue
             if mark is not None and mark["mark"] == name:
                 return mark
+            if mark is None:
+                self._reader.join()
             break
-        code = self._process.poll()
-        what = (
-            f"did not come to its mark {name!r} in {RUN_S_MAX} s"
-            if code is None
-            else f"ended with code {code} before its mark {name!r}"
-        )
-        raise UserError(f"The worker {what}.", remedy=f"The end of its output:\n{''.join(self._tail)}")
+        raise UserError(f"The worker {self._excuse(name)}.", remedy=f"The end of its output:\n{''.join(self._tail)}")
+
+    def _excuse(self, name: str) -> str:
+        try:
+            code = self._process.wait(STOP_S_MAX if not self._reader.is_alive() else 0)
+        except subprocess.TimeoutExpired:
+            return f"did not come to its mark {name!r} in {RUN_S_MAX:.0f} s"
+        return f"ended with code {code} before its mark {name!r}"
 
     def _answer(self) -> None:
         assert self._process.stdin is not None

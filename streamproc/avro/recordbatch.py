@@ -242,7 +242,7 @@ def _columns(records: Sequence[RecordLike], now_ms: int) -> _Columns:
     return _Columns(
         _spans([record.key for record in records]),
         _spans([record.value for record in records]),
-        _spans([_encode_headers(record.headers) if record.headers else b"" for record in records]),
+        _spans(_encoded_headers(records)),
         np.array([now_ms if stamp is None else stamp for stamp in stamps], np.int64),
     )
 
@@ -254,6 +254,19 @@ def _spans(values: Sequence[bytes | None]) -> Spans:
     joined = bytearray().join([value or b"" for value in values])
     joined.append(0)  # numpy takes no view of nothing
     return Spans(np.frombuffer(joined, np.uint8), start, length)
+
+
+def _encoded_headers(records: Sequence[RecordLike]) -> list[bytes]:
+    """Neighbours that share one tuple, as an epoch's changelog records do, share its bytes."""
+    encoded: list[bytes] = []
+    last: Headers = ()
+    data = b""
+    for record in records:
+        if record.headers is not last:
+            last = record.headers
+            data = _encode_headers(last) if last else b""
+        encoded.append(data)
+    return encoded
 
 
 def _encode_headers(headers: Headers) -> bytes:

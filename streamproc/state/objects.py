@@ -33,6 +33,8 @@ class _Read(NamedTuple):
     """A value handed out this epoch: the object, what it was then, and whether the store has the row."""
 
     value: Any
+    row: bytes
+    """The key, packed."""
     packed: bytes
     stored: bool
 
@@ -71,7 +73,7 @@ class ObjectOverlay(dict[Any, Any]):
         """One change per changed key, packed and in that order. The agents stand still from here to `drop`."""
         packed: dict[bytes, Change] = {}
         for key, value in self._changed():
-            row = pack_key(key, self.table)
+            row = self._row(key)
             packed[row] = Change(row, pack_value(value, self.table, key))
         for key in self._deleted:
             row = pack_key(key, self.table)
@@ -103,7 +105,8 @@ class ObjectOverlay(dict[Any, Any]):
             raise KeyError(key)
         value = self._default()
         if type(value) not in _UNTRACKED:
-            self._read[key] = _Read(value, pack_value(value, self.table, key), False)
+            row = pack_key(key, self.table)
+            self._read[key] = _Read(value, row, pack_value(value, self.table, key), False)
         return value
 
     def __delitem__(self, key: Any) -> None:
@@ -201,7 +204,7 @@ class ObjectOverlay(dict[Any, Any]):
             elif key not in self._deleted:  # since the walk began
                 value = unpack_value(packed)
                 if type(value) not in _UNTRACKED:
-                    self._read[key] = _Read(value, packed, True)
+                    self._read[key] = _Read(value, row, packed, True)
                 yield key, value
 
     def _rows(self) -> Iterator[tuple[bytes, bytes]]:
@@ -223,10 +226,16 @@ class ObjectOverlay(dict[Any, Any]):
         """The value of a key that was not written: read before in this epoch, or now from the store."""
         found = self._read.get(key)
         if found is None and key not in self._deleted:
-            packed = self._store.get(self._prefix + pack_key(key, self.table))
+            row = pack_key(key, self.table)
+            packed = self._store.get(self._prefix + row)
             if packed is not None:
-                found = self._read[key] = _Read(unpack_value(packed), packed, True)
+                found = self._read[key] = _Read(unpack_value(packed), row, packed, True)
         return found
+
+    def _row(self, key: Any) -> bytes:
+        """The key, packed; what was read is packed already."""
+        read = self._read.get(key)
+        return pack_key(key, self.table) if read is None else read.row
 
 
 class _Items(ItemsView[Any, Any]):

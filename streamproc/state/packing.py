@@ -18,6 +18,8 @@ __all__ = ["pack_key", "pack_value", "unpack_key", "unpack_value"]
 
 _TUPLE, _SET, _FROZENSET = 1, 2, 3
 _PLAIN: Final = frozenset({str, bytes, int, float, bool, type(None)})
+_PLAIN_KEYS: Final = frozenset({str, bytes, int, type(None)})
+"""Of these types equal keys have equal bytes as they are."""
 _INT_MIN, _INT_MAX = -(1 << 63), (1 << 64) - 1
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -32,10 +34,10 @@ class _Refused(Exception):
 
 def pack_key(key: Any, table: str) -> bytes:
     """Equal keys give equal bytes. `UserError` for what a key cannot be."""
-    if type(key) is str:
+    if type(key) in _PLAIN_KEYS:
         try:
             return _encode(key)
-        except UnicodeEncodeError:
+        except (OverflowError, UnicodeEncodeError):
             pass  # told below, with the table's name
     return _packed(_key, key, table, "the key", key)
 

@@ -79,7 +79,7 @@ def _meaning(group: Group, topic: str) -> dict[str, Any]:
 
 def _record(batch: RawBatch, row: int) -> dict[str, Any]:
     told: dict[str, Any] = {
-        "at": f"{batch.tp.partition}:{int(batch.offsets[row])}",
+        "at": [batch.tp.partition, int(batch.offsets[row])],
         "written": int(batch.timestamps[row]),
         "key_bytes": _size(int(batch.key_len[row])),
         "value_bytes": _size(int(batch.value_len[row])),
