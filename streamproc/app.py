@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -21,7 +23,7 @@ from streamproc.avro.schema import Schema, load_schema
 from streamproc.core.batch import RawBatch
 from streamproc.core.clock import Clock, SystemClock
 from streamproc.core.durations import Duration, milliseconds
-from streamproc.core.errors import UserError, WorkerFailure
+from streamproc.core.errors import InvariantBroken, StreamprocError, UserError
 from streamproc.eventtime.spec import EventTime
 from streamproc.operators.pipeline import Declaration, Pipeline, caller, compile
 from streamproc.runtime.agentwork import RowReader
@@ -34,9 +36,29 @@ from streamproc.state.memory import MemoryStore
 from streamproc.state.rocksdb import open_or_discard
 from streamproc.transport.contract import TopicSpec, Transport
 from streamproc.transport.embedded import EmbeddedTransport
-from streamproc.web import install
+from streamproc.web import chosen_token, install
 
 __all__ = ["App", "Worker"]
+
+logger = logging.getLogger(__name__)
+_other_excepthook = sys.excepthook
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A `UserError` while the user's module is imported, also by ``faust -A``, is told as one at start is: by its message,
+    which names the line. Everything else is for the hook that was there before."""
+    if isinstance(error, UserError):
+        _tell(error)
+    else:
+        _other_excepthook(kind, error, trace)
+
+
+def _tell(reason: BaseException) -> None:
+    sys.stderr.write(f"\nstreamproc stops: {reason}\n")
+    sys.stderr.flush()
+
+
+sys.excepthook = _excepthook
 
 
 class Worker(faust.Worker):
@@ -84,12 +106,13 @@ class App(faust.App):
     ) -> None:
         self.clock: Clock = clock or SystemClock()
         self.declaration = Declaration()
-        self.failure: WorkerFailure | None = None
+        self.failure: StreamprocError | None = None
         self.commit_interval_s = milliseconds(commit_interval, setting="commit_interval") / 1000
         self._schemas_folder = Path(schemas)
         self._state_store, self._broker = store, broker
         self._declared: dict[str, Topic] = {}
         self._web_token: str | None = options.pop("web_token", None)
+        self._web_server: Any = None
         options.pop("processing_guarantee", None)  # always exactly once; Faust's own machinery for it must stay off
         bind = options.setdefault("web_bind", "127.0.0.1")
         if bind in ("127.0.0.1", "localhost", "::1"):
@@ -235,20 +258,29 @@ class App(faust.App):
         return load_schema(given if given.exists() else self._schemas_folder / given.name)
 
     def on_webserver_init(self, web: Any) -> None:
-        """The web view, beside Faust's own pages; `UserError` if it would be open to the network without a token."""
-        install(self, web, self._web_token)
+        """`UserError` if the web view would be open to the network without a token. Its routes are added when the app
+        starts: answers are worked out on the app's loop, and ``faust -A`` calls this before there is one."""
+        chosen_token(self.conf, self._web_token)
+        self._web_server = web
+
+    async def on_first_start(self) -> None:
+        """Before any service: the web view, beside Faust's own pages."""
+        await super().on_first_start()
+        if self._web_server is not None:
+            install(self, self._web_server, self._web_token)
 
     # ---- what ends the worker
 
     async def crash(self, reason: BaseException) -> None:
         """A reason we can name ends the worker with its message and exit code 1; anything else is Faust's crash."""
-        if not isinstance(reason, WorkerFailure) or not self.in_worker:
+        if not isinstance(reason, StreamprocError) or not self.in_worker:
             await super().crash(reason)
             return
         if self.failure is None:
             self.failure = reason
-            sys.stderr.write(f"\nstreamproc stops: {reason}\n")
-            sys.stderr.flush()
+            if isinstance(reason, InvariantBroken):
+                logger.error("A bug in streamproc:", exc_info=reason)
+            _tell(reason)
             signal.raise_signal(signal.SIGTERM)
 
 

@@ -58,7 +58,9 @@ def test_sends_and_table_writes_of_an_epoch_are_committed_together_and_survive_a
         async with running(app := build()):
             await until(lambda: committed(app, 11), "one more")
             assert table(app, "counts") == {"a": 6, "b": 5}
-            sent = [(key, json.loads(value or b"")) for _, key, value, _ in await read_all(app.runtime.transport, "out")]
+            sent = [
+                (key, json.loads(value or b"")) for _, key, value, _ in await read_all(app.runtime.transport, "out")
+            ]
         assert sent == [(b"ab"[i % 2 : i % 2 + 1], i // 2 + 1) for i in range(10)] + [(b"a", 6)]
 
     asyncio.run(scenario())

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from streamproc.core.types import Offset, TopicPartition
 
-__all__ = ["BUFFER_SLACK", "Headers", "I64", "RawBatch", "U8"]
+__all__ = ["BUFFER_SLACK", "I64", "U8", "Headers", "RawBatch"]
 
 I64: TypeAlias = NDArray[np.int64]
 U8: TypeAlias = NDArray[np.uint8]

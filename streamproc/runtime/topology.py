@@ -129,7 +129,7 @@ def agent_group(specs: Sequence[AgentSpec], tables: Sequence[AgentTable], reader
             changelog_topic(app_id, table.name),
             _object_overlay(table),
             fingerprint_of(ObjectTable(table.name, next(iter(counts.values())))),
-        )  # fmt: skip
+        )
         for table in tables
     )
     dead = {topic: f"{app_id}-{topic}-dead-letters" for topic in topics}

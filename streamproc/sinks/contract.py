@@ -71,6 +71,10 @@ class SinkWriter(Protocol):
         """Delete this partition's rows (those whose group key ``mine`` accepts) with ``window_start`` >= ``since_ms`` that
         are not in ``live`` (identity tuples: keys, then window_start in ms). Returns how many. Used by a rebuild only."""
 
+    async def forget(self) -> bool:
+        """Delete this task's ledger, so that the next claim finds none and rebuilds; rows stay. True if there was one.
+        For `streamproc reset` only, while nobody runs the task."""
+
     async def close(self) -> None: ...
 
 

@@ -91,6 +91,11 @@ class PostgresWriter:
             await self._copy(session, rows, self._shape.identity)
             return await self._delete(session, rows)
 
+    async def forget(self) -> bool:
+        async with self._connected().session() as session:
+            status = await session.connection.execute(self._sql.forget, *self._owner)
+        return bool(status.endswith(" 1"))
+
     async def _move(self, session: Session, held: Ledger | None, moved: Ledger) -> None:
         """Compare, lock and move in one statement; a second writer waits here and then finds the ledger moved."""
         values = (moved.log_id, moved.incarnation, moved.epoch, moved.hint)
@@ -158,6 +163,7 @@ class _Statements:
             f"UPDATE {ledger} SET log_id = $4, incarnation = $5, epoch = $6, hint = $7 "
             f"WHERE {mine} AND log_id = $8 AND incarnation = $9 AND epoch = $10"
         )
+        self.forget = f"DELETE FROM {ledger} WHERE {mine}"
         self.list_rows = f"SELECT {_columns(shape.identity)} FROM {self._target} WHERE window_start >= $1"
 
     def upsert(self, staging: str) -> str:

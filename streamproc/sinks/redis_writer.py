@@ -171,6 +171,11 @@ class RedisWriter:
         await self._write(slices or [_Slice([], [], [], [])], held, None)
         return len(doomed)
 
+    async def forget(self) -> bool:
+        if await self.read() is None:  # also refuses what is another application's
+            return False
+        return bool(await self._call(lambda client: client.delete(self._ledger_key)))
+
     async def _scan(self, cursor: int) -> tuple[int, list[str]]:
         pattern = _glob_escape(self._prefix) + ":*"
         found = await self._call(lambda client: client.scan(cursor, match=pattern, count=limits.REDIS_SCAN_COUNT))

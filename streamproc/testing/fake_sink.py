@@ -115,6 +115,10 @@ class FakeWriter:
         self._write({}, doomed)
         return len(doomed)
 
+    async def forget(self) -> bool:
+        self._reach()
+        return self._sink.ledgers.pop(self._owner, None) is not None
+
     @property
     def _table(self) -> dict[Identity, Row]:
         return self._sink.rows[self._shape.table]

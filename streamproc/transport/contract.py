@@ -143,6 +143,13 @@ class Transport(Protocol):
     async def group_offsets(self, group: str, tps: Collection[TopicPartition]) -> dict[TopicPartition, Offset]:
         """Committed offsets of the group; a partition without one is absent."""
 
+    async def delete_topics(self, topics: Collection[str]) -> None:
+        """Remove ``topics`` with all that is in them; one that is not there is passed over. On return `partitions` is None
+        for each, so they can be made anew. `UserError` if the log does not allow it. For a person's orders only."""
+
+    async def members(self, group: str) -> int:
+        """How many members the consumer group has now, in all processes."""
+
     async def delete_records(self, before: Mapping[TopicPartition, Offset]) -> None:
         """Drop everything below the given offsets (trims repartition topics)."""
 

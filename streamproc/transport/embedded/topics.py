@@ -130,6 +130,23 @@ class Topics:
             if tp not in self._partitions:
                 self._partitions[tp] = Partition(at, tp, 0, 0, 0, self._configs[topic])
 
+    def delete(self, topics: Collection[str]) -> None:
+        """Remove them with their records and the groups' offsets, all or none."""
+        doomed = [topic for topic in topics if topic in self._counts]
+        for topic in doomed:
+            if any(partition.open for partition in self.partitions(topic)):
+                raise UserError(f"Topic {topic!r} is being written.", remedy="Stop the application that writes it.")
+        with self._file.write() as db:
+            for topic in doomed:
+                ids = [(partition.id,) for partition in self.partitions(topic)]
+                db.executemany("DELETE FROM batches WHERE partition_id = ?", ids)
+                for table, column in (("partitions", "topic"), ("group_offsets", "topic"), ("topics", "name")):
+                    db.execute(f"DELETE FROM {table} WHERE {column} = ?", (topic,))
+        for topic in doomed:
+            for number in range(self._counts.pop(topic)):
+                del self._partitions[TopicPartition(topic, number)]
+            del self._configs[topic]
+
     def _check_drift(self, spec: TopicSpec) -> None:
         has = self._counts[spec.name]
         if has != spec.partitions:

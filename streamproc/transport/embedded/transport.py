@@ -74,6 +74,12 @@ class EmbeddedTransport:
         found = {tp: self._log.group_offset(group, tp) for tp in tps}
         return {tp: offset for tp, offset in found.items() if offset is not None}
 
+    async def delete_topics(self, topics: Collection[str]) -> None:
+        self._log.topics.delete(topics)
+
+    async def members(self, group: str) -> int:
+        return len(self._groups[group].members) if group in self._groups else 0
+
     async def delete_records(self, before: Mapping[TopicPartition, Offset]) -> None:
         self._log.delete_records(before)
 

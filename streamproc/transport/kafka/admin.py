@@ -10,7 +10,9 @@ from typing import Any, Final
 from aiokafka.protocol.admin import (  # type: ignore[import-untyped,unused-ignore]
     CreateTopicsRequest,
     DeleteRecordsRequest,
+    DeleteTopicsRequest,
     DescribeConfigsRequest,
+    DescribeGroupsRequest,
 )
 from aiokafka.protocol.commit import OffsetFetchRequest  # type: ignore[import-untyped,unused-ignore]
 from aiokafka.protocol.offset import OffsetRequest  # type: ignore[import-untyped,unused-ignore]
@@ -65,6 +67,20 @@ class Admin:
 
     async def partitions(self, topic: str) -> int | None:
         return (await self._counts([topic], Retry(self._wire.clock, "Reading metadata"))).get(topic)
+
+    async def delete_topics(self, topics: Collection[str]) -> None:
+        """A broker deletes behind its answer: asked again until the metadata knows none of them any more."""
+        retry = Retry(self._wire.clock, "Deleting topics")
+        while topics and (left := list(await self._counts(topics, retry))):
+            try:
+                answer = await self._wire.send(self._wire.controller(), DeleteTopicsRequest(left, _TIMEOUT_MS))
+            except NoAnswer as error:
+                why: str = str(error)
+            else:
+                whys = [_deletion(topic, code) for topic, code in answer.topic_error_codes]
+                why = next((text for text in whys if text), "the metadata still lists them")
+            await self._wire.refresh()
+            await retry.again(why)
 
     async def _counts(self, topics: Collection[str], retry: Retry) -> dict[str, int]:
         """Partition counts of those that exist."""
@@ -170,6 +186,25 @@ class Admin:
             self._wire.forget_coordinator("group", group)
             await retry.again(name_of(bad))
 
+    async def members(self, group: str) -> int:
+        retry = Retry(self._wire.clock, f"Describing group {group!r}")
+        while True:
+            try:
+                answer = await self._wire.send(
+                    await self._wire.coordinator("group", group), DescribeGroupsRequest([group])
+                )
+            except NoAnswer as error:
+                self._wire.forget_coordinator("group", group)
+                await retry.again(str(error))
+                continue
+            code, members = answer.groups[0][0], answer.groups[0][5]
+            if code in (Code.NONE, Code.GROUP_ID_NOT_FOUND):
+                return len(members)
+            if code in FORBIDDEN:
+                raise _forbidden(f"Describing group {group!r}", code)
+            self._wire.forget_coordinator("group", group)
+            await retry.again(name_of(code))
+
     async def delete_records(self, before: Mapping[TopicPartition, Offset]) -> None:
         def request(some: list[TopicPartition]) -> Any:
             return DeleteRecordsRequest(by_topic((tp, (tp.partition, before[tp])) for tp in some), _TIMEOUT_MS)
@@ -237,6 +272,20 @@ def _creation(topic: str, code: int, text: str | None) -> str | None:
     if code in FORBIDDEN:
         remedy = "Grant the application's Kafka user the right to create topics, or create the topic yourself."
     raise UserError(f"Topic {topic!r} cannot be created: {name_of(code)}: {text or 'no reason given'}.", remedy=remedy)
+
+
+def _deletion(topic: str, code: int) -> str | None:
+    """Why to ask again, None if the topic goes or is gone. Raises `UserError` for what only the user can mend."""
+    if code in (Code.NONE, Code.UNKNOWN_TOPIC_OR_PARTITION):
+        return None
+    if code in FORBIDDEN:
+        raise _forbidden(f"Deleting topic {topic!r}", code)
+    if code == Code.TOPIC_DELETION_DISABLED:
+        raise UserError(
+            f"Topic {topic!r} cannot be deleted: {name_of(code)}.",
+            remedy="Set delete.topic.enable=true on the brokers, or delete it by the means of who runs them.",
+        )
+    return f"{topic}: {name_of(code)}"
 
 
 def _check_setting(topic: str, setting: str, actual: str | None, wanted: str) -> None:

@@ -83,6 +83,12 @@ class KafkaTransport:
     async def group_offsets(self, group: str, tps: Collection[TopicPartition]) -> dict[TopicPartition, Offset]:
         return await self._admin.group_offsets(group, tps)
 
+    async def delete_topics(self, topics: Collection[str]) -> None:
+        await self._admin.delete_topics(topics)
+
+    async def members(self, group: str) -> int:
+        return await self._admin.members(group)
+
     async def delete_records(self, before: Mapping[TopicPartition, Offset]) -> None:
         await self._admin.delete_records(before)
 

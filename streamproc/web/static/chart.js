@@ -3,7 +3,7 @@ import { number, s, short, time } from "./dom.js";
 
 const WIDTH = 1080, HEIGHT = 220, LEFT = 52, BOTTOM = 24, TOP = 12;
 
-export function chart(points, { kind, label, size, chosen, onchoose }) {
+export function chart(points, { kind, label, size, chosen }) {
   const known = points.filter((point) => typeof point.value === "number");
   const [low, high] = range(known.map((point) => point.value), kind);
   const first = points[0].start, last = points[points.length - 1].start;
@@ -17,7 +17,7 @@ export function chart(points, { kind, label, size, chosen, onchoose }) {
        known.map((point) => s("circle", { class: `dot ${point.state}`, cx: x(point.start) + step / 2, cy: y(point.value), r: 2.5 }))];
   const touch = points.map((point) => s("rect", {
     class: `touch${point.start === chosen ? " chosen" : ""}`, x: x(point.start), y: TOP, width: Math.max(step, 2), height: HEIGHT - TOP - BOTTOM,
-    onclick: () => onchoose(point.start),
+    "data-start": point.start,
   }, s("title", {}, `${time(point.start)} · ${label} ${number(point.value)} · ${point.state} · ${point.rows} rows`)));
   return s("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, class: "chart", role: "img",
     "aria-label": `${label} in ${points.length} windows from ${time(first)} to ${time(last)}; the table below has the numbers` },

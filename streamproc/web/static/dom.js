@@ -15,11 +15,33 @@ function fill(element, attributes, children) {
 export const h = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
 export const s = (tag, attributes, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
 
-// Replaces the children only if what is shown has changed: a selection or a scrolled table stays as it is.
+// Makes the children of an element be these, changing what differs only: focus, selection and scrolling stay. Handlers
+// belong on elements that are made once; what is drawn again says in data attributes what it stands for.
 export function show(element, ...children) {
   const fresh = element.cloneNode(false);
   fill(fresh, {}, children);
-  if (fresh.innerHTML !== element.innerHTML) element.replaceChildren(...fresh.childNodes);
+  match(element, fresh);
+}
+
+function match(old, fresh) {
+  const wanted = [...fresh.childNodes];
+  wanted.forEach((child, at) => {
+    const present = old.childNodes[at];
+    if (!present) old.append(child);
+    else if (present.nodeName !== child.nodeName) old.replaceChild(child, present);
+    else if (child.nodeType === Node.TEXT_NODE) {
+      if (present.data !== child.data) present.data = child.data;
+    } else {
+      attributes(present, child);
+      match(present, child);
+    }
+  });
+  while (old.childNodes.length > wanted.length) old.lastChild.remove();
+}
+
+function attributes(old, fresh) {
+  for (const { name, value } of fresh.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  for (const { name } of [...old.attributes]) if (!fresh.hasAttribute(name)) old.removeAttribute(name);
 }
 
 const NUMBER = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });

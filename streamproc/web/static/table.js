@@ -19,6 +19,8 @@ class TablePage {
     this.parts = { about: h("p", { class: "about" }), problem: h("div"), controls: h("div", { class: "controls" }), chart: h("div", { class: "chart-box" }),
       windows: h("div"), rows: h("div"), pager: h("div", { class: "pager" }) };
     const { about, problem, controls, chart: drawing, windows, rows, pager } = this.parts;
+    drawing.addEventListener("click", this.onchart);
+    pager.addEventListener("click", this.onpager);
     main.append(h("h1", {}, name), about, problem, controls);
     this.windowed = h("section", {}, drawing, h("details", {}, h("summary", {}, "Windows as a table"), windows));
     main.append(this.windowed, h("section", {}, h("h2", {}, "Rows"), rows, pager));
@@ -121,8 +123,7 @@ class TablePage {
     const label = !many ? column : combined ? `${column}, ${{ sum: "all keys", min: "least of all keys", max: "greatest of all keys" }[combined]}` : `${column}, average of keys`;
     const points = windows.map((one) => ({ start: one.window_start, value: value(one), state: one.state, rows: one.rows })).reverse();
     show(this.parts.chart, h("h2", {}, label, " ", h("small", {}, this.hint(combined, many))), points.length
-      ? chart(points, { kind: combined === "sum" ? "bars" : "line", label, size: this.about.window_ms, chosen: this.choice.window,
-        onchoose: (start) => this.choose({ window: start === this.choice.window ? null : start, pages: [null] }) })
+      ? chart(points, { kind: combined === "sum" ? "bars" : "line", label, size: this.about.window_ms, chosen: this.choice.window })
       : h("p", { class: "empty" }, answer.reached !== null ? "One window has too many rows to add up here; filter by a key or read it by its rows."
         : this.choice.q ? "No row's key holds this text." : "No window has rows yet: rows come with the first commit that holds one."));
     show(this.parts.windows, grid("Windows", [
@@ -147,13 +148,25 @@ class TablePage {
     ];
     const { q, window, pages } = this.choice;
     show(this.parts.rows, grid("Rows", columns, answer.rows, q || window !== null ? "No row fits what was chosen." : "No rows yet: the first comes with its first commit."));
-    const turn = (text, disabled, act) => h("button", { type: "button", disabled, onclick: act }, text);
-    this.parts.pager.replaceChildren(
-      turn("Newer", pages.length < 2, () => this.choose({ pages: pages.slice(0, -1) })),
-      turn("Older", answer.next === null, () => this.choose({ pages: [...pages, answer.next] })),
+    const turn = (text, act, possible) => h("button", { type: "button", "data-act": act, disabled: !possible }, text);
+    this.next = answer.next;
+    show(this.parts.pager, turn("Newer", "newer", pages.length > 1), turn("Older", "older", answer.next !== null),
       h("span", {}, `${answer.rows.length} rows${pages.length > 1 ? `, page ${pages.length}` : ""}`),
-      ...(window === null ? [] : [badge(`window ${time(window)}`, "calm"), turn("All windows", false, () => this.choose({ window: null, pages: [null] }))]));
+      window === null ? null : [badge(`window ${time(window)}`, "calm"), turn("All windows", "all", true)]);
   }
+
+  onchart = (event) => {
+    const start = event.target.dataset?.start;
+    if (start === undefined) return;
+    this.choose({ window: Number(start) === this.choice.window ? null : Number(start), pages: [null] });
+  };
+
+  onpager = (event) => {
+    const { pages } = this.choice;
+    const act = { newer: { pages: pages.slice(0, -1) }, older: { pages: [...pages, this.next] }, all: { window: null, pages: [null] } };
+    const change = act[event.target.dataset?.act];
+    if (change) this.choose(change);
+  };
 
   windowedColumns() {
     const cell = (name, dtype) => (one) => {
