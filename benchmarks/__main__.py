@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if given.json:
                 print(json.dumps(line), flush=True)
             for difference in line.get("wrong", ()):
-                errors.print(f"wrong: {difference}", style="red", markup=False)
+                errors.print(f"wrong: {difference}", style="red", markup=False, soft_wrap=True)
     if not given.json:
         Console().print(_table(lines, _last(RESULTS)))
     if given.append:
@@ -81,7 +81,7 @@ def _run(name: str, transport: str, given: argparse.Namespace, errors: Console) 
                 profile=given.profile, say=lambda what: status.update(f"{name} on {transport}: {what}"),
             )  # fmt: skip
         except StreamprocError as failure:
-            errors.print(str(failure), style="red", markup=False)
+            errors.print(str(failure), style="red", markup=False, soft_wrap=True)
             return None
 
 

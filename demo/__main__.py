@@ -91,10 +91,10 @@ class Demo:
             checks = check_all(oracle.expected(), results)
         equal = print_checks(self.console, checks)
         print_results(self.console, results)
-        self._print_places(machine, worker)
         verdict = "[green]The results equal the oracle.[/]" if equal else "[red]The results differ from the oracle.[/]"
         self.console.print(verdict)
         if not self.leave:
+            self._print_places(machine, worker)
             self._stay(worker)
         return 0 if equal else 1
 

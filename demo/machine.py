@@ -110,7 +110,9 @@ class Worker:
             with self._opener.open(self.url + page, timeout=ANSWER_S) as answer:
                 return json.load(answer)
         except error.HTTPError as refused:
-            raise BrokerUnavailable(f"{self.url}{page}: {refused.code}. The worker's log is in {self.log}.") from refused
+            raise BrokerUnavailable(
+                f"{self.url}{page}: {refused.code}. The worker's log is in {self.log}."
+            ) from refused
         except (error.URLError, ConnectionError, TimeoutError):
             return None
 

@@ -113,19 +113,21 @@ def print_checks(console: Console, checks: Sequence[Check]) -> bool:
 
 def print_results(console: Console, results: Results) -> None:
     """The least punctual carriers, out of the daily table in Postgres."""
-    table = Table("carrier", title="The least punctual carriers out of New York, 2013 (Postgres, table daily)")
-    for title in ("flights", "mean delay, min", "most, min", "cancelled"):
+    table = Table(title="The least punctual carriers out of New York (Postgres, table daily)")
+    table.add_column("carrier", no_wrap=True)
+    for title in ("flights", "mean delay", "most", "cancelled"):
         table.add_column(title, justify="right")
     names = _carrier_names()
     for carrier, flights, mean, most, share in _punctuality(results.postgres["daily"])[:CARRIERS_SHOWN]:
         spelt = f"{carrier} {names.get(carrier, '')}"
-        table.add_row(spelt, f"{flights:,}", f"{mean:.1f}", f"{most:,}", f"{share:.1%}")
+        table.add_row(spelt, f"{flights:,}", f"{mean:.1f} min", f"{most:,} min", f"{share:.1%}")
     console.print(table)
     too_old = sum(_says(side, TOO_OLD) for side in results.late["daily"])
     console.print(
         f"Late: {len(results.late['hourly'])} records for their hour, {len(results.late['daily'])} for their day "
         f"({too_old} of both: {TOO_OLD}). Dead letters: {len(results.dead)}.",
         highlight=False,
+        soft_wrap=True,
     )
 
 

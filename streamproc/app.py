@@ -36,7 +36,7 @@ from streamproc.state.memory import MemoryStore
 from streamproc.state.rocksdb import open_or_discard
 from streamproc.transport.contract import TopicSpec, Transport
 from streamproc.transport.embedded import EmbeddedTransport
-from streamproc.web import chosen_token, install
+from streamproc.web import install
 
 __all__ = ["App", "Worker"]
 
@@ -48,14 +48,9 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Tracebac
     """A `UserError` while the user's module is imported, also by ``faust -A``, is told as one at start is: by its message,
     which names the line. Everything else is for the hook that was there before."""
     if isinstance(error, UserError):
-        _tell(error)
+        sys.stderr.write(f"\nstreamproc stops: {error}\n")
     else:
         _other_excepthook(kind, error, trace)
-
-
-def _tell(reason: BaseException) -> None:
-    sys.stderr.write(f"\nstreamproc stops: {reason}\n")
-    sys.stderr.flush()
 
 
 sys.excepthook = _excepthook
@@ -63,6 +58,14 @@ sys.excepthook = _excepthook
 
 class Worker(faust.Worker):
     """Faust's worker that ends with a message, not a traceback, when it stops for a reason we can name."""
+
+    async def start(self) -> None:
+        try:
+            await super().start()
+        except StreamprocError as reason:
+            if not isinstance(self.app, App):
+                raise
+            await self.app.crash(reason)
 
     def execute_from_commandline(self) -> NoReturn:
         app = self.app
@@ -112,7 +115,6 @@ class App(faust.App):
         self._state_store, self._broker = store, broker
         self._declared: dict[str, Topic] = {}
         self._web_token: str | None = options.pop("web_token", None)
-        self._web_server: Any = None
         options.pop("processing_guarantee", None)  # always exactly once; Faust's own machinery for it must stay off
         bind = options.setdefault("web_bind", "127.0.0.1")
         if bind in ("127.0.0.1", "localhost", "::1"):
@@ -137,7 +139,7 @@ class App(faust.App):
         topic.event_time = event_time
         topic.declared_partitions = options.get("partitions")
         if value_schema is not None:
-            schema = self._load(value_schema)
+            schema = self._load(value_schema, topic.where)
             topic.value_schema = schema
             topic.encoder = _LazyEncoder(self, schema)
         if len(topics) == 1:
@@ -252,22 +254,17 @@ class App(faust.App):
             return RowDecoder(topic.value_schema, self.registry)
         return _FaustReader(self, topic)
 
-    def _load(self, path: str | Path) -> Schema:
+    def _load(self, path: str | Path, where: str) -> Schema:
         """A path as given, else the same file name in the schema folder."""
         given = Path(path)
-        return load_schema(given if given.exists() else self._schemas_folder / given.name)
+        try:
+            return load_schema(given if given.exists() else self._schemas_folder / given.name)
+        except UserError as wrong:
+            raise UserError(wrong.fact, remedy=wrong.remedy, where=where) from wrong
 
     def on_webserver_init(self, web: Any) -> None:
-        """`UserError` if the web view would be open to the network without a token. Its routes are added when the app
-        starts: answers are worked out on the app's loop, and ``faust -A`` calls this before there is one."""
-        chosen_token(self.conf, self._web_token)
-        self._web_server = web
-
-    async def on_first_start(self) -> None:
-        """Before any service: the web view, beside Faust's own pages."""
-        await super().on_first_start()
-        if self._web_server is not None:
-            install(self, self._web_server, self._web_token)
+        """The web view, beside Faust's own pages; `UserError` if it would be open to the network without a token."""
+        install(self, web, self._web_token)
 
     # ---- what ends the worker
 
@@ -278,9 +275,8 @@ class App(faust.App):
             return
         if self.failure is None:
             self.failure = reason
-            if isinstance(reason, InvariantBroken):
-                logger.error("A bug in streamproc:", exc_info=reason)
-            _tell(reason)
+            bug = isinstance(reason, InvariantBroken)  # for which the report needs the trace
+            logger.critical("streamproc stops: %s", reason, exc_info=reason if bug else None)
             signal.raise_signal(signal.SIGTERM)
 
 

@@ -161,7 +161,7 @@ def test_the_command_exits_with_1_when_a_run_is_refused(
 
 
 @pytest.mark.server
-@pytest.mark.parametrize(("name", "records"), [("pipeline", 300_000), ("agent", 40_000)])
+@pytest.mark.parametrize(("name", "records"), [("pipeline", 500_000), ("agent", 150_000)])
 def test_a_benchmark_on_the_embedded_log_is_measured_and_correct(name: str, records: int) -> None:
     line = run(name, records, "embedded", clock=SystemClock())
     assert line["correct"], line
@@ -175,6 +175,6 @@ def test_a_benchmark_on_the_embedded_log_is_measured_and_correct(name: str, reco
 @pytest.mark.kafka
 @pytest.mark.server
 def test_a_benchmark_on_a_real_kafka_is_measured_and_correct() -> None:
-    line = run("agent", 40_000, "kafka", clock=SystemClock())
+    line = run("agent", 150_000, "kafka", clock=SystemClock())
     assert line["correct"], line
     assert line["versions"]["kafka"]

@@ -12,6 +12,7 @@ from mode import Service
 
 from streamproc.core.partitioner import partition_of
 from streamproc.core.types import TopicPartition
+from streamproc.runtime.surface import header_pairs, topic_config
 from streamproc.transport.contract import OutRecord, TopicSpec
 
 if TYPE_CHECKING:
@@ -49,17 +50,14 @@ class Producer(base.Producer):
         if partition is None:
             partition = partition_of(key, count) if key is not None else self.runtime.next_partition(topic) % count
         tp = TopicPartition(topic, partition)
-        pairs = tuple(dict(headers or {}).items())
         at_ms = None if timestamp is None else round(timestamp * 1000)
-        offsets = await self.runtime.transport.send({tp: [OutRecord(key, value, pairs, at_ms)]})
+        offsets = await self.runtime.transport.send({tp: [OutRecord(key, value, header_pairs(headers), at_ms)]})
         return RecordMetadata(topic, partition, TP(topic, partition), offsets[tp])
 
     async def create_topic(self, topic: str, partitions: int, replication: int, *, config: Mapping[str, Any] | None = None,
                            timeout: Any = 0, retention: Any = None, compacting: bool | None = None,
                            deleting: bool | None = None, ensure_created: bool = False) -> None:  # fmt: skip
-        settings = {name: str(value) for name, value in (config or {}).items()}
-        if compacting:
-            settings["cleanup.policy"] = "compact"
+        settings = topic_config(config, retention, compacting, deleting)
         await self.runtime.transport.create_topics([TopicSpec(topic, partitions, settings)])
 
     def key_partition(self, topic: str, key: bytes) -> TP:

@@ -93,11 +93,7 @@ class Runtime(Service):
     async def open_transport(self) -> None:
         if self._transport is None:
             transport = self.app.make_transport()
-            try:
-                await transport.start()
-            except (WorkerFailure, BrokerUnavailable) as failure:
-                await self.app.crash(failure)
-                raise
+            await transport.start()
             self._transport = transport
 
     async def close_transport(self) -> None:
@@ -112,6 +108,10 @@ class Runtime(Service):
                 raise UserError(f"Topic {topic} does not exist.", remedy=_how_to_create(topic))
             self._partitions[topic] = count
         return self._partitions[topic]
+
+    def knows(self, topic: str) -> bool:
+        """Whether the topic's partitions have been asked for already."""
+        return topic in self._partitions
 
     def known_partitions(self, topic: str) -> int:
         return self._partitions.get(topic) or int(self.app.conf.topic_partitions)
@@ -311,6 +311,10 @@ class Runtime(Service):
                 name = task.work.plan.name
                 found[name] = found.get(name, 0) + task.work.counters.records
         return found
+
+    async def crash(self, reason: BaseException) -> None:
+        """What a timer of ours fails with ends the worker as a task's failure does."""
+        await self.app.crash(reason)
 
     async def on_stop(self) -> None:
         if self._membership is not None:

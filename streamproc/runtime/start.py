@@ -22,7 +22,7 @@ from streamproc.state.overlay import table_prefix
 from streamproc.state.restore import RestoreProgress, check_store, restore
 from streamproc.transport.contract import Membership, PartitionOffsets, TaskProducer, Transport
 
-__all__ = ["GroupPlan", "Opened", "StartParts", "open_task"]
+__all__ = ["GroupPlan", "Opened", "StartParts", "last_commit", "open_task"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ async def open_task(parts: StartParts) -> Opened:
     commits = TopicPartition(parts.group.commits_topic, partition)
     changelogs = [TopicPartition(table.changelog, partition) for table in parts.group.tables]
     ends = await _settled(parts, [commits, *changelogs])
-    record = await _last_record(parts, commits, ends[commits])
+    record = await last_commit(parts.transport, parts.group.name, commits, ends[commits])
     found = Found(record, {tp.topic: ends[tp].end - ends[tp].begin for tp in changelogs})
     declared = parts.group.declared(parts.task)
     require_fit(found, declared)
@@ -158,15 +158,18 @@ async def _settled(parts: StartParts, tps: Collection[TopicPartition]) -> dict[T
     return {tp: PartitionOffsets(now[tp].begin, first[tp].end, first[tp].end) for tp in tps}
 
 
-async def _last_record(parts: StartParts, tp: TopicPartition, ends: PartitionOffsets) -> CommitRecord | None:
-    """The last commit record, searched from the end: it is rarely more than a few offsets back."""
+async def last_commit(
+    transport: Transport, group: str, tp: TopicPartition, ends: PartitionOffsets
+) -> CommitRecord | None:
+    """The last commit record of ``group`` in ``tp``, its commits topic, searched from the end: it is rarely more than a
+    few offsets back."""
     back = 64
     while ends.begin < ends.end:
         start = Offset(max(ends.begin, ends.end - back))
         last: bytes | None = None
-        async for batch in parts.transport.read(tp, start, ends.end):
+        async for batch in transport.read(tp, start, ends.end):
             for row in range(len(batch)):
-                if batch.key(row) == parts.group.name.encode():
+                if batch.key(row) == group.encode():
                     last = batch.value(row)
         if last is not None:
             return commit_record.decode(last, f"{tp.topic} partition {tp.partition}")

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Awaitable, Iterator
+import json
+from collections.abc import AsyncIterable, Awaitable, Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-import faust
 from faust import agents, tables, topics
-from mode import Service
+from faust.types import TopicT
+from mode import Service, want_seconds
 
 from streamproc.core.errors import UserError
 from streamproc.core.partitioner import partition_of
 from streamproc.core.types import TopicPartition
 from streamproc.eventtime.spec import EventTime
-from streamproc.runtime.agentwork import CURRENT, AgentSpec, TaskStream
-from streamproc.transport.contract import OutRecord
+from streamproc.runtime.agentwork import CURRENT, AgentSpec, Instance, TaskStream
+from streamproc.transport.contract import OutRecord, TopicSpec
 
 if TYPE_CHECKING:
     from streamproc.runtime.runtime import Runtime
 
-__all__ = ["Agent", "Table", "TableManager", "Topic", "ValueEncoder"]
+__all__ = ["Agent", "Table", "TableManager", "Topic", "ValueEncoder", "header_pairs", "topic_config"]
 
 Headers = tuple[tuple[str, bytes | None], ...]
 
@@ -42,38 +44,132 @@ class Topic(topics.Topic):
     declared_partitions: int | None = None
 
     async def send(self, *, key: Any = None, value: Any = None, partition: int | None = None,
-                   timestamp: float | None = None, headers: Any = None, **options: Any) -> Awaitable[Any]:  # fmt: skip
-        """Inside an agent: part of its epoch's transaction, written when the epoch commits, or never. Elsewhere: at once.
+                   timestamp: float | None = None, headers: Any = None, schema: Any = None, key_serializer: Any = None,
+                   value_serializer: Any = None, callback: Any = None, force: bool = False) -> Awaitable[Any]:  # fmt: skip
+        """Inside an agent: part of its epoch's transaction, written when the epoch commits, or never. Elsewhere: at once,
+        by the app's producer, as Faust does it.
 
         The result of the awaitable is None inside an agent: there is no offset before the commit.
         """
-        record = self._out(key, value, timestamp, headers)
-        runtime: Runtime = self.app.runtime  # type: ignore[attr-defined]
         instance = CURRENT.get(None)
-        name = self.get_topic_name()
-        count = await runtime.partition_count(name)
+        if instance is None:
+            return await super().send(
+                key=key, value=value, partition=partition, timestamp=timestamp, headers=headers, schema=schema,
+                key_serializer=key_serializer, value_serializer=value_serializer, callback=callback, force=force,
+            )  # fmt: skip
+        runtime: Runtime = self.app.runtime  # type: ignore[attr-defined]
+        count = await runtime.partition_count(self.get_topic_name())
+        out = self._out(key, value, timestamp, headers, schema, key_serializer, value_serializer)
+        self._into_epoch(instance, out, partition, count)
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        if instance is not None:
-            if instance.overlays is not instance.work.overlays:
-                raise RuntimeError(f"Agent {instance.spec.name} was given up and can no longer send.")
-            at = _choose(record.key, partition, count, instance.work.partition % count)
-            instance.work.send(TopicPartition(name, at), record)
-            done.set_result(None)
-            return done
-        at = _choose(record.key, partition, count, runtime.next_partition(name) % count)
-        tp = TopicPartition(name, at)
-        offsets = await runtime.transport.send({tp: [record]})
-        done.set_result(faust.types.RecordMetadata(name, at, faust.types.TP(name, at), offsets[tp]))
+        done.set_result(None)
         return done
 
-    def _out(self, key: Any, value: Any, timestamp: float | None, headers: Any) -> OutRecord:
-        raw_key = key if isinstance(key, bytes) or key is None else str(key).encode()
-        if self.encoder is not None and value is not None:
-            raw_value: bytes | None = self.encoder.encode(value)
-        else:
-            raw_value, headers = self.prepare_value(value, None, headers=dict(headers or {}))
-        pairs: Headers = tuple(dict(headers or {}).items())
-        return OutRecord(raw_key, raw_value, pairs, None if timestamp is None else round(timestamp * 1000))
+    def send_soon(self, *, key: Any = None, value: Any = None, partition: int | None = None,
+                  timestamp: float | None = None, headers: Any = None, schema: Any = None, key_serializer: Any = None,
+                  value_serializer: Any = None, callback: Any = None, force: bool = False,
+                  eager_partitioning: bool = False) -> Any:  # fmt: skip
+        """`send` without an await; inside an agent the topic must have been declared when the app started."""
+        instance = CURRENT.get(None)
+        if instance is None:
+            return super().send_soon(
+                key=key, value=value, partition=partition, timestamp=timestamp, headers=headers, schema=schema,
+                key_serializer=key_serializer, value_serializer=value_serializer, callback=callback, force=force,
+                eager_partitioning=eager_partitioning,
+            )  # fmt: skip
+        runtime: Runtime = self.app.runtime  # type: ignore[attr-defined]
+        name = self.get_topic_name()
+        if not runtime.knows(name):
+            raise UserError(
+                f"Topic {name} was declared after the app had started: its partitions are not known yet.",
+                remedy="Declare it at module level, or use `await topic.send(…)`.",
+                where=self.where,
+            )
+        sent = self.as_future_message(key, value, partition, timestamp, headers, schema, key_serializer, value_serializer,
+                                      callback)  # fmt: skip
+        out = self._out(key, value, timestamp, headers, schema, key_serializer, value_serializer)
+        self._into_epoch(instance, out, partition, runtime.known_partitions(name))
+        sent.set_result(None)  # type: ignore[arg-type]
+        return sent
+
+    def _into_epoch(self, instance: Instance, out: OutRecord, partition: int | None, count: int) -> None:
+        if instance.overlays is not instance.work.overlays:
+            raise RuntimeError(f"Agent {instance.spec.name} was given up and can no longer send.")
+        at = _choose(out.key, partition, count, instance.work.partition % count)
+        instance.work.send(TopicPartition(self.get_topic_name(), at), out)
+
+    def _out(self, key: Any, value: Any, timestamp: float | None, headers: Any, schema: Any, key_serializer: Any,
+             value_serializer: Any) -> OutRecord:  # fmt: skip
+        given = self.prepare_headers(headers)
+        raw_key, given = self.prepare_key(key, key_serializer, schema, given)
+        raw_value, given = self.prepare_value(value, value_serializer, schema, given)
+        return OutRecord(raw_key, raw_value, header_pairs(given), None if timestamp is None else round(timestamp * 1000))
+
+    def prepare_key(self, key: Any, key_serializer: Any, schema: Any = None, headers: Any = None) -> tuple[Any, Any]:
+        """Faust's; where it would take bytes only, anything else is its text, so that ``key=42`` is ``b"42"``."""
+        if key is None or isinstance(key, bytes):
+            return key, headers
+        if schema is None and key_serializer is None and self._text_keys:
+            return str(key).encode(), headers
+        return super().prepare_key(key, key_serializer, schema, headers)
+
+    @cached_property
+    def _text_keys(self) -> bool:
+        plain = self.schema is None or (self.schema.key_type is None and self.schema.key_serializer is None)
+        return plain and self.app.conf.key_serializer in (None, "raw")
+
+    def prepare_value(self, value: Any, value_serializer: Any, schema: Any = None, headers: Any = None) -> tuple[Any, Any]:
+        """By the Avro schema, if there is one; None is a tombstone then, and text (``faust send``) is the record's JSON."""
+        if self.encoder is None or value_serializer is not None or schema is not None:
+            return super().prepare_value(value, value_serializer, schema, headers)
+        if isinstance(value, str):
+            value = _record_of(value, self)
+        return (None if value is None else self.encoder.encode(value)), headers
+
+    def __aiter__(self) -> Any:
+        raise UserError(
+            f"Topic {self} is iterated outside of an agent: records are handed out inside of a task's transaction only.",
+            remedy="Write an agent, `@app.agent(topic)`, or a pipeline, `app.pipeline(topic)`.",
+            where=self.where,
+        )
+
+    def spec(self) -> TopicSpec:
+        """As declared, for its creation; partitions 0 where the declaration leaves the number open."""
+        config = topic_config(self.config, self.retention, self.compacting, self.deleting)
+        return TopicSpec(self.get_topic_name(), self.declared_partitions or 0, config)
+
+
+def topic_config(
+    config: Mapping[str, Any] | None, retention: Any, compacting: bool | None, deleting: bool | None
+) -> dict[str, str]:
+    """What Faust's arguments mean in Kafka's own names; an entry of ``config`` wins."""
+    settings: dict[str, str] = {}
+    if policies := [name for name, chosen in (("compact", compacting), ("delete", deleting)) if chosen]:
+        settings["cleanup.policy"] = ",".join(policies)
+    if retention is not None:
+        settings["retention.ms"] = str(round(want_seconds(retention) * 1000))
+    return {**settings, **{name: _setting(value) for name, value in (config or {}).items()}}
+
+
+def _setting(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def header_pairs(headers: Any) -> Headers:
+    """Headers as they are written, from a mapping or pairs; text is UTF-8. A name may come more than once in pairs."""
+    pairs = headers.items() if isinstance(headers, Mapping) else headers or ()
+    return tuple((name, value.encode() if isinstance(value, str) else value) for name, value in pairs)
+
+
+def _record_of(text: str, topic: Topic) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as broken:
+        raise UserError(
+            f"The value for {topic} is text and not the JSON of a record: {broken}.",
+            remedy=f"Its schema wants a record, such as {{\"{next(iter(topic.value_schema.root.fields)).name}\": …}}.",
+            where=topic.where,
+        ) from broken
 
 
 def _choose(key: bytes | None, partition: int | None, count: int, without_key: int) -> int:
@@ -180,18 +276,32 @@ class TableManager(tables.TableManager):
 
 
 class Agent(agents.Agent):
-    """Declared as Faust's; run by the tasks, one instance each, so that Faust starts no actor of its own."""
+    """Declared as Faust's; run by the tasks, one instance each, so that Faust starts no actor of its own.
+
+    An agent over an in-memory channel is all Faust's: it belongs to no task, writes no table and reads no topic.
+    """
 
     where: str = ""
 
+    @property
+    def in_tasks(self) -> bool:
+        """Whether it reads topics."""
+        return isinstance(self.channel, TopicT)
+
     async def on_start(self) -> None:
         """Instances are made by the tasks."""
+        if not self.in_tasks:
+            await super().on_start()
 
     async def on_stop(self) -> None:
         """Instances end with their tasks."""
+        if not self.in_tasks:
+            await super().on_stop()
 
     def cancel(self) -> None:
         """Likewise."""
+        if not self.in_tasks:
+            super().cancel()
 
     async def on_partitions_revoked(self, revoked: Any) -> None:
         """Likewise."""
@@ -215,4 +325,21 @@ class Agent(agents.Agent):
             async for value in result:
                 await self._delegate_to_sinks(value)
         else:
+            self._require_no_sinks()
             await result
+
+    def _require_no_sinks(self) -> None:
+        if self._sinks:
+            raise UserError(
+                f"Agent {self.name} has sinks and yields nothing to them.",
+                remedy="`yield` what the sinks are to get, or leave `sink=` out.",
+                where=self.where,
+            )
+
+    async def ask_nowait(self, *args: Any, **kwargs: Any) -> Any:
+        """All of Faust's calls that wait for a reply (`ask`, `map`, `join`, …) come through here."""
+        raise UserError(
+            f"Agent {self.name} is asked for a reply, which agents of streamproc do not give yet.",
+            remedy="Use `cast` or `send`, and let the agent write its answer to a topic or a table.",
+            where=self.where,
+        )

@@ -5,18 +5,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
+
+from aiohttp.web import AppKey
 
 from streamproc.web.security import chosen_token
 from streamproc.web.views import Views
 
-__all__ = ["chosen_token", "install"]
+__all__ = ["install"]
+
+_MOUNTED: Final = AppKey("streamproc", Views)
 
 
 def install(app: Any, server: Any, token: str | None = None) -> None:
-    """Mount the view of ``app`` on Faust's web ``server``, before that starts, on the app's own loop.
+    """Mount the view of ``app`` on Faust's web ``server`` before that starts. Once is enough, and twice does no harm:
+    Faust's command line makes the server ready before the worker does.
 
-    ``token`` (else STREAMPROC_WEB_TOKEN) is what a request must show; `UserError` if there is none and the server is
-    bound to anything but loopback.
+    ``token`` (else STREAMPROC_WEB_TOKEN) is what a request must show. Without one the server's start raises `UserError`
+    if it is bound to anything but loopback.
     """
-    Views(app, chosen_token(app.conf, token)).mount(server.web_app)
+    if _MOUNTED not in server.web_app:
+        server.web_app[_MOUNTED] = views = Views(app, chosen_token(token))
+        views.mount(server.web_app)

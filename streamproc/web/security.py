@@ -15,7 +15,7 @@ from aiohttp import web
 from streamproc.core.errors import UserError
 from streamproc.web.answers import Refused, encode
 
-__all__ = ["HEADERS", "Guard", "chosen_token", "is_loopback", "refusal"]
+__all__ = ["HEADERS", "Guard", "chosen_token", "is_loopback", "refusal", "require_token"]
 
 ENVIRONMENT: Final = "STREAMPROC_WEB_TOKEN"
 COOKIE: Final = "streamproc_web"
@@ -38,20 +38,25 @@ def is_loopback(host: str) -> bool:
         return name == "localhost" or name.endswith(".localhost")
 
 
-def chosen_token(conf: Any, given: str | None) -> str | None:
-    """The token to ask for; None: nobody has to show one. `UserError` if one is needed and there is none."""
+def chosen_token(given: str | None) -> str | None:
+    """The token to ask for; None: nobody has to show one."""
     token = given or os.environ.get(ENVIRONMENT) or None
     if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
         raise UserError(
             "web_token has characters that no HTTP header can carry.",
             remedy="Use letters and digits, as python -c 'import secrets; print(secrets.token_urlsafe())' makes them.",
         )
+    return token
+
+
+def require_token(conf: Any, token: str | None) -> None:
+    """`UserError` if the server would be open to the network without one. Asked when the server starts, not before: the
+    command line may still change where it is bound to."""
     if token is None and str(conf.web_transport.scheme) != "unix" and not is_loopback(conf.web_bind or "0.0.0.0"):
         raise UserError(
             f"web_bind={conf.web_bind!r} shows tables and dead letters to the network, and there is no web_token.",
             remedy=f'Set App(…, web_token="…") or {ENVIRONMENT}, or bind to this machine only: web_bind="127.0.0.1".',
         )
-    return token
 
 
 def refusal(refused: Refused) -> web.Response:

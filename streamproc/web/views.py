@@ -16,7 +16,7 @@ from streamproc.web.answers import Question, Refused, encode
 from streamproc.web.fresh import Fresh
 from streamproc.web.live import Live
 from streamproc.web.overview import Overview
-from streamproc.web.security import HEADERS, PARAMETER, Guard, Handler, refusal
+from streamproc.web.security import HEADERS, PARAMETER, Guard, Handler, refusal, require_token
 from streamproc.web.side import Side
 from streamproc.web.tables import Tables
 from streamproc.web.workers import HOP, Workers
@@ -31,12 +31,11 @@ Answer = Callable[[web.Request, Question, bool], Awaitable[Any]]
 
 
 class Views:
-    """Made once per app, when its web server is. Answers are worked out on the app's own loop, also if Faust runs its
-    web server in a thread: stores and tasks belong to that loop."""
+    """Made once per web server, before it starts, perhaps before there is a loop. Answers are worked out on the app's own
+    loop, also if Faust runs its web server in a thread: stores and tasks belong to that loop."""
 
     def __init__(self, app: Any, token: str | None) -> None:
         self._app, self._token = app, token
-        self._loop = asyncio.get_running_loop()
         inspector, workers = Inspector(app.runtime), Workers(app, token)
         self._tables = Tables(inspector, workers)
         self._overview = Overview(app, inspector, self._tables, workers)
@@ -57,6 +56,7 @@ class Views:
         server.middlewares.insert(0, web.middleware(Guard(self._app.conf, self._token)))
         server.middlewares.append(_front_page)
         server.on_response_prepare.append(_with_headers)
+        server.on_startup.append(self._check)
         server.on_shutdown.append(self._close)
         router = server.router
         for path, answer in self._answers().items():
@@ -128,14 +128,20 @@ class Views:
         return handle
 
     async def _on_app_loop(self, answer: Coroutine[Any, Any, Any]) -> Any:
-        if asyncio.get_running_loop() is self._loop:
+        if not self._app.conf.web_in_thread:
             return await answer
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(answer, self._loop))
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(answer, self._app.loop))
+
+    async def _check(self, server: web.Application) -> None:
+        require_token(self._app.conf, self._token)
 
     async def _close(self, server: web.Application) -> None:
         await self._live.close()
-        self._loop.call_soon_threadsafe(self._overview.close)
-        self._loop.call_soon_threadsafe(self._side.close)
+        await self._on_app_loop(self._forget())
+
+    async def _forget(self) -> None:
+        self._overview.close()
+        self._side.close()
 
     # ---- pages
 
