@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +21,15 @@ from streamproc.testing.kafka_server import can_start
 __all__ = ["main"]
 
 RESULTS: Final = Path(__file__).resolve().parent / "results.jsonl"
-SHOWN: Final = ("records_per_worker_cpu_s", "worker_cpu_s", "wall_s", "rss_mb", "commits", "correct")
+WIDTH: Final = 100
+SHOWN: Final = {
+    "records_per_worker_cpu_s": "records/CPU-s",
+    "worker_cpu_s": "CPU s",
+    "wall_s": "wall s",
+    "rss_mb": "RSS MB",
+    "commits": "commits",
+    "correct": "correct",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for difference in line.get("wrong", ()):
                 errors.print(f"wrong: {difference}", style="red", markup=False, soft_wrap=True)
     if not given.json:
-        Console().print(_table(lines, _last(RESULTS)))
+        # Nobody reads a table that a pipe's 80 columns have folded.
+        Console(width=None if sys.stdout.isatty() else WIDTH).print(_table(lines, _last(RESULTS)))
     if given.append:
         with RESULTS.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -93,20 +103,22 @@ def _last(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def _table(lines: Iterable[dict[str, Any]], last: dict[tuple[str, str], dict[str, Any]]) -> Table:
-    """Each figure, with the last run's in brackets."""
-    table = Table("benchmark", "transport", "records", *(title.replace("_", " ") for title in SHOWN))
+    """A row a run, and below it the last one that was kept."""
+    table = Table("benchmark", "records", *SHOWN.values(), box=box.SIMPLE_HEAD)
+    for column in table.columns[1:]:
+        column.justify = "right"
     for line in lines:
-        before = last.get((line["name"], line["transport"]), {})
-        cells = [_cell(line[title], before.get(title)) for title in SHOWN]
-        table.add_row(line["name"], line["transport"], f"{line['records']:,}", *cells)
+        table.add_row(f"{line['name']} on {line['transport']}", *_cells(line))
+        if (before := last.get((line["name"], line["transport"]))) is not None:
+            table.add_row(f"  on {before['date'][:10]}", *_cells(before), style="dim")
     return table
 
 
-def _cell(now: Any, before: Any) -> str:
-    def spelt(value: Any) -> str:
-        return f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value).lower()
-
-    return spelt(now) if before is None else f"{spelt(now)} ({spelt(before)})"
+def _cells(line: dict[str, Any]) -> list[str]:
+    return [
+        f"{line['records']:,}",
+        *("yes" if line[name] is True else "NO" if line[name] is False else f"{line[name]:,}" for name in SHOWN),
+    ]
 
 
 if __name__ == "__main__":

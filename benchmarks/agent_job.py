@@ -22,7 +22,7 @@ def build(told: Settings) -> MeasuredApp:
     orders = app.topic(told.topic, value_schema=str(SCHEMAS / "order.avsc"), partitions=PARTITIONS)
     counts = app.Table(TABLE, default=int)
 
-    @app.agent(orders, name="count")  # type: ignore[untyped-decorator]  # Faust's own
+    @app.agent(orders, name="count")
     async def count(stream: Any) -> None:
         async for order in stream:
             counts[order.user_id] += 1

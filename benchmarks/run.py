@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
+from uuid import uuid4
 from xml.etree import ElementTree
 
 import msgspec
@@ -86,8 +87,10 @@ def run(
         folder = stack.enter_context(_folder())
         say(f"starting {transport}")
         log = stack.enter_context(_log(transport, folder))
+        number = uuid4().hex[:8]  # a broker that outlives the run may hold topics of others
         told = Settings(
-            broker=log.broker, folder=str(folder / "state"), app_id=f"benchmark-{name}", records=records,
+            broker=log.broker, folder=str(folder / "state"), app_id=f"benchmark-{name}-{number}",
+            topic=f"{TOPIC}-{number}", records=records,
             commit_interval_s=commit_interval_s(records) if interval_s is None else interval_s, profile=profile,
         )  # fmt: skip
         _warm_up(name, told, log, folder, clock, say)
@@ -127,7 +130,7 @@ def _warm_up(name: str, told: Settings, log: Log, folder: Path, clock: Clock, sa
     """A short run of its own, so that compiled code is in its cache and files are in the machine's memory."""
     say("warming up")
     warm = msgspec.structs.replace(
-        told, app_id=f"{told.app_id}-warm", topic=f"{TOPIC}-warm", records=WARM_RECORDS, folder=str(folder / "warm"),
+        told, app_id=f"{told.app_id}-warm", topic=f"{told.topic}-warm", records=WARM_RECORDS, folder=str(folder / "warm"),
         profile="",
     )  # fmt: skip
     asyncio.run(_produce(log, warm.topic, orders(WARM_RECORDS)))

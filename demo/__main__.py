@@ -32,6 +32,8 @@ from streamproc.core.errors import StreamprocError, UserError
 __all__ = ["main"]
 
 FOLDER: Final = ROOT / ".run" / "demo"
+MARK: Final = ".streamproc-demo"
+"""A file that says whose the folder is."""
 WEB_PORT: Final = 6066
 POLL_S: Final = 0.25
 STARTUP_S: Final = 60.0
@@ -118,10 +120,9 @@ class Demo:
         from demo.data import make_feed
         from demo.feed import open_transport, write_feed
 
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
         with self.console.status("reading the flights of 2013 and injecting faults"):
             feed = make_feed(self.days)
+        self._empty_folder()
 
         async def write() -> None:
             transport = open_transport(f"embedded://{self.folder / 'log'}")
@@ -134,6 +135,18 @@ class Demo:
         asyncio.run(write())
         feed.save_injections(listed)
         return feed.injections
+
+    def _empty_folder(self) -> None:
+        """Of an earlier run; never one that is not the demo's."""
+        mark = self.folder / MARK
+        if self.folder.exists() and not mark.exists() and any(self.folder.iterdir()):
+            raise UserError(
+                f"{self.folder} holds files that are not the demo's.",
+                remedy="Give it a folder of its own: --folder PATH.",
+            )
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
 
     def _follow(self, worker: Worker, total: int) -> None:
         """Until the worker has read, committed and handed all to the sinks."""

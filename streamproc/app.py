@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import tzinfo
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, overload
 from urllib.parse import urlsplit
 
 import faust
 from faust.app.base import BootStrategy as FaustBootStrategy
+from faust.web import View
+from yarl import URL
 
 from streamproc.avro.columns import dtype_of
 from streamproc.avro.encode import Encoder
@@ -41,6 +44,7 @@ from streamproc.web import install
 __all__ = ["App", "Worker"]
 
 logger = logging.getLogger(__name__)
+F = TypeVar("F", bound=Callable[..., Any])
 _other_excepthook = sys.excepthook
 
 
@@ -112,7 +116,7 @@ class App(faust.App):
         self.failure: StreamprocError | None = None
         self.commit_interval_s = milliseconds(commit_interval, setting="commit_interval") / 1000
         self._schemas_folder = Path(schemas)
-        self._state_store, self._broker = store, broker
+        self._broker = broker
         self._declared: dict[str, Topic] = {}
         self._web_token: str | None = options.pop("web_token", None)
         options.pop("processing_guarantee", None)  # always exactly once; Faust's own machinery for it must stay off
@@ -123,15 +127,17 @@ class App(faust.App):
         options.setdefault("broker_heartbeat_interval", 2.0)
         options.setdefault("worker_redirect_stdouts", False)
         classes = {"Agent": Agent, "Table": Table, "TableManager": TableManager, "Topic": Topic, "Worker": Worker}
-        super().__init__(id, broker=broker, store="memory://", **{**classes, **options})
+        super().__init__(id, broker=broker, store=store, **{**classes, **options})
 
     # ---- what users declare
 
     def topic(self, *topics: str, value_schema: str | Path | None = None, event_time: EventTime | None = None,
-              **options: Any) -> Any:  # fmt: skip
+              **options: Any) -> Topic:  # fmt: skip
         """Faust's topic, with an Avro schema (an ``.avsc`` file) and an event time, both shared by all who read it.
 
-        With ``partitions`` the topic is created if it is missing.
+        With ``partitions`` the topic is created if it is missing, with ``retention``, ``compacting``, ``deleting`` and
+        ``config`` as Faust has them; a topic that is there and differs is an error. A name that was declared before is
+        the same topic: a second declaration without a schema or serializer of its own has the first one's.
         """
         topic = super().topic(*topics, **options)
         assert isinstance(topic, Topic)
@@ -143,8 +149,18 @@ class App(faust.App):
             topic.value_schema = schema
             topic.encoder = _LazyEncoder(self, schema)
         if len(topics) == 1:
-            self._declared[topics[0]] = topic
+            self._declare(topics[0], topic, options)
         return topic
+
+    def _declare(self, name: str, topic: Topic, options: Mapping[str, Any]) -> None:
+        known = self._declared.get(name)
+        if known is not None and topic.encoder is None and not _OF_VALUES.intersection(options):
+            topic.value_schema, topic.encoder = known.value_schema, known.encoder
+            topic.event_time = topic.event_time or known.event_time
+            topic.declared_partitions = topic.declared_partitions or known.declared_partitions
+            if topic.spec() == known.spec() or not options:
+                return
+        self._declared[name] = topic
 
     def pipeline(self, topic: Any, *, name: str | None = None) -> Pipeline:
         """Begin a pipeline over ``topic``; ``name`` (default: the topic's) is its identity in the commit record."""
@@ -161,23 +177,67 @@ class App(faust.App):
             name or title, topic=title, columns=columns, event_time=topic.event_time, schema=schema
         )
 
-    def agent(self, channel: Any = None, **options: Any) -> Any:
+    def agent(self, channel: Any = None, **options: Any) -> Callable[[Callable[[Any], Any]], Agent]:
         """Faust's decorator; the agent runs once in each task, inside its transaction."""
         where, declare = caller(), super().agent(channel, **options)
 
-        def decorate(fun: Any) -> Any:
+        def decorate(fun: Callable[[Any], Any]) -> Agent:
             agent = declare(fun)
-            agent.where = where  # type: ignore[attr-defined]
+            assert isinstance(agent, Agent)
+            agent.where = where
             return agent
 
         return decorate
 
-    def Table(self, name: str, **options: Any) -> Any:
+    def Table(self, name: str, **options: Any) -> Table:
         """Faust's table, in the task's transaction and on its store."""
         where = caller()
         table = super().Table(name, **options)
-        table.where = where  # type: ignore[attr-defined]
+        assert isinstance(table, Table)
+        table.where = where
         return table
+
+    def GlobalTable(self, name: str, **options: Any) -> NoReturn:
+        raise _not_yet("app.GlobalTable", "Use app.Table, or a topic that each worker reads whole.")
+
+    def SetTable(self, name: str, **options: Any) -> NoReturn:
+        raise _not_yet("app.SetTable", "Use app.Table(…, default=set) and assign: table[key] = table[key] | {…}.")
+
+    def SetGlobalTable(self, name: str, **options: Any) -> NoReturn:
+        raise _not_yet("app.SetGlobalTable", "Use app.Table.")
+
+    # ---- Faust's decorators, unchanged but for their types
+
+    @overload  # type: ignore[override]  # as in Faust: an app's decorator, not mode's
+    def task(self, fun: F) -> F: ...
+    @overload
+    def task(self, fun: None = None, *, on_leader: bool = False, traced: bool = True) -> Callable[[F], F]: ...
+    def task(self, fun: Any = None, *, on_leader: bool = False, traced: bool = True) -> Any:
+        return super().task(fun, on_leader=on_leader, traced=traced)
+
+    def timer(  # type: ignore[override]  # likewise
+        self,
+        interval: Any,
+        on_leader: bool = False,
+        traced: bool = True,
+        name: str | None = None,
+        max_drift_correction: float = 0.1,
+    ) -> Callable[[F], F]:
+        decorate: Callable[[F], F] = super().timer(interval, on_leader, traced, name, max_drift_correction)
+        return decorate
+
+    def crontab(  # type: ignore[override]  # likewise
+        self, cron_format: str, *, timezone: tzinfo | None = None, on_leader: bool = False, traced: bool = True
+    ) -> Callable[[F], F]:
+        return super().crontab(cron_format, timezone=timezone, on_leader=on_leader, traced=traced)
+
+    def page(self, path: str, **options: Any) -> Callable[[Callable[..., Any]], type[View]]:
+        return super().page(path, **options)
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether Faust's own transactions run: never, also if the environment asks for them."""
+        return False
 
     # ---- what the runtime asks
 
@@ -220,28 +280,44 @@ class App(faust.App):
 
     def _embedded_path(self, url: str) -> str:
         """The path as the user wrote it: a URL parser takes its first folder for a host and drops empty ones."""
-        given = self._broker.removeprefix("embedded://")
-        return given if given != self._broker else url.removeprefix("embedded:").removeprefix("//")
+        if str(URL(self._broker)) == url:
+            return self._broker.removeprefix("embedded://")
+        return url.removeprefix("embedded:").removeprefix("//")  # out of the environment, by Faust
 
     def open_store(self, folder: Path) -> Store:
         """The local store of one task."""
-        if self._state_store.startswith("memory"):
+        if self.conf.store.scheme == "memory":
             return MemoryStore()
         return open_or_discard(folder)
 
     def declared_topics(self) -> list[TopicSpec]:
-        """Source and output topics as declared; partitions 0 where the declaration leaves the number open."""
-        return [
-            TopicSpec(name, topic.declared_partitions or 0)
-            for name, topic in self._declared.items()
-            if not name.startswith(f"{self.conf.id}-")
-        ]
+        """Source and output topics as declared, those of agents that name none last; partitions 0 where the declaration
+        leaves the number open. What Faust declares for itself is not among them."""
+        own = {name for agent in self._task_agents() for name in agent.get_topic_names()}
+        topics = [topic for name, topic in self._declared.items() if not topic.internal or name in own]
+        return [topic.spec() for topic in sorted(topics, key=lambda topic: topic.internal)]
+
+    def read_topics(self) -> set[str]:
+        """What must exist before any task can be planned."""
+        agents = {name for agent in self._task_agents() for name in agent.get_topic_names()}
+        return agents | {source.topic for source in self.declaration.sources}
+
+    def own_partitions(self, topic: str, known: Mapping[str, int]) -> int | None:
+        """How many partitions an agent's own topic is made with: as many as the other agents' topics have, else Faust's
+        ``topic_partitions``. None: the topic is not an agent's own."""
+        if topic not in self._declared or not self._declared[topic].internal:
+            return None
+        others = {known[name] for agent in self._task_agents() for name in agent.get_topic_names() if name in known}
+        return others.pop() if len(others) == 1 else int(self.conf.topic_partitions)
+
+    def _task_agents(self) -> list[Agent]:
+        return [agent for agent in self.agents.values() if isinstance(agent, Agent) and agent.in_tasks]
 
     def build_groups(self, partitions: Mapping[str, int]) -> list[Group]:
         """Check and compile all that was declared."""
         plans = compile(self.declaration, partitions, self.conf.id)
         groups = pipeline_groups(plans, self.declaration, self.registry, self.conf.id, partitions) if plans else []
-        specs = [agent.spec() for agent in self.agents.values()]
+        specs = [agent.spec() for agent in self._task_agents()]
         if specs:
             tables = [AgentTable(table.name, table.default) for table in self.tables.values()]
             readers = {topic: self._reader(topic) for spec in specs for topic in spec.topics}
@@ -278,6 +354,14 @@ class App(faust.App):
             bug = isinstance(reason, InvariantBroken)  # for which the report needs the trace
             logger.critical("streamproc stops: %s", reason, exc_info=reason if bug else None)
             signal.raise_signal(signal.SIGTERM)
+
+
+_OF_VALUES = frozenset({"schema", "key_type", "value_type", "key_serializer", "value_serializer"})
+"""Options of a declaration that say how its values are read."""
+
+
+def _not_yet(what: str, remedy: str) -> UserError:
+    return UserError(f"{what} is not there yet.", remedy=remedy, where=caller())
 
 
 class _LazyEncoder:

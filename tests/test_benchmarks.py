@@ -160,6 +160,31 @@ def test_the_command_exits_with_1_when_a_run_is_refused(
     assert "the run is refused" in err
 
 
+def test_the_command_shows_a_run_beside_the_last_one_and_keeps_it_when_asked_to(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    line = {
+        "name": "agent", "transport": "embedded", "records": 2_000_000, "records_per_worker_cpu_s": 100_001,
+        "worker_cpu_s": 20.0, "wall_s": 22.5, "rss_mb": 400, "commits": 80, "correct": True,
+        "date": "2026-02-03T04:05:06+00:00",
+    }  # fmt: skip
+    monkeypatch.setattr(command, "run", lambda *_, **__: line)
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results.jsonl")
+    assert command.main(["agent"]) == 0
+    assert not (tmp_path / "results.jsonl").exists()
+    assert command.main(["agent", "--append"]) == 0
+    capsys.readouterr()
+    line = {**line, "records_per_worker_cpu_s": 200_002}
+    assert command.main(["agent", "--append"]) == 0
+    rows = [row.split() for row in capsys.readouterr().out.splitlines() if "2,000,000" in row]
+    assert rows == [
+        ["agent", "on", "embedded", "2,000,000", "200,002", "20.0", "22.5", "400", "80", "yes"],
+        ["on", "2026-02-03", "2,000,000", "100,001", "20.0", "22.5", "400", "80", "yes"],
+    ]
+    kept = [json.loads(row) for row in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["records_per_worker_cpu_s"] for row in kept] == [100_001, 200_002]
+
+
 @pytest.mark.server
 @pytest.mark.parametrize(("name", "records"), [("pipeline", 500_000), ("agent", 150_000)])
 def test_a_benchmark_on_the_embedded_log_is_measured_and_correct(name: str, records: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import inspect
 import json
 import os
@@ -14,8 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,7 +105,9 @@ def test_limits_that_are_named_are_there(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=names)
 def test_make_targets_that_are_named_are_there(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-    spelt = set(re.findall(r"`make ([\w-]+)", page.read_text())) | set(re.findall(r"^make ([\w-]+)", page.read_text(), re.M))
+    spelt = set(re.findall(r"`make ([\w-]+)", page.read_text())) | set(
+        re.findall(r"^make ([\w-]+)", page.read_text(), re.M)
+    )
     assert spelt <= targets
 
 
@@ -115,7 +116,7 @@ def test_the_pages_number_the_steps_as_the_code_does() -> None:
     page = " ".join((ROOT / "docs" / "commit.md").read_text().split())
     steps = []
     for file in ("start.py", "task.py", "epoch.py"):
-        comments = re.sub(r"\n\s*#", "", (runtime / file).read_text())
+        comments = re.sub(r"\n *# (?!\d\. )", " ", (runtime / file).read_text())
         steps += re.findall(r"^\s*# (\d\. .+)$", comments, re.M)
     assert len(steps) >= 12
     assert not [step for step in steps if step.rstrip(".") not in page]
@@ -129,6 +130,15 @@ def test_the_guide_lists_every_setting_of_an_app_with_its_default() -> None:
         if parameter.kind is parameter.KEYWORD_ONLY
     }
     assert {name: ast.literal_eval(listed[name]) for name in settings} == settings
+
+
+def test_messages_that_the_guide_explains_are_messages_of_the_code() -> None:
+    """Their fixed words at least; what stands for a value there is ``…`` here."""
+    code = "".join(file.read_text() for file in (ROOT / "streamproc").rglob("*.py"))
+    table = (ROOT / "docs" / "guide.md").read_text().partition("## When something is wrong")[2].partition("###")[0]
+    messages = [spelt for spelt in re.findall(r"^\| [^|]*?`([^`]+)` \|", table, re.M) if "…" in spelt]
+    assert len(messages) >= 6
+    assert not [(spelt, part) for spelt in messages for part in spelt.split("…") if part.strip() not in code]
 
 
 def test_every_decision_has_its_page_in_the_list_and_every_section() -> None:
@@ -189,9 +199,7 @@ def free_port() -> int:
 def started(command: str, folder: Path, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
     """A worker by a command line of the README."""
     log = (folder / "worker.log").open("ab")
-    process = subprocess.Popen(
-        shlex.split(command), cwd=folder, env=environment(**settings), stdout=log, stderr=log
-    )
+    process = subprocess.Popen(shlex.split(command), cwd=folder, env=environment(**settings), stdout=log, stderr=log)
     try:
         yield process
     finally:
@@ -207,20 +215,29 @@ def get(url: str) -> Any:
         return json.load(answer)
 
 
+def until(condition: Callable[[], object], folder: Path) -> None:
+    """Ask a worker until it answers, and as it should."""
+    end = time.monotonic() + WAIT_S
+    while time.monotonic() < end:
+        with suppress(OSError):
+            if condition():
+                return
+        time.sleep(0.1)
+    raise AssertionError((folder / "worker.log").read_text()[-3000:])
+
+
 def until_orders(url: str, more_than: int, folder: Path, partitions: int = 2) -> int:
     """Ask until every partition answers and more than so many orders are counted; how many are."""
-    end = time.monotonic() + WAIT_S
-    found: Any = None
-    while time.monotonic() < end:
-        try:
-            found = get(url)
-            counted = sum(row["row"]["orders"] for row in found["rows"])
-            if len(found["partitions"]) == partitions and counted > more_than:
-                return int(counted)
-        except OSError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError(f"last answer: {found}\n{(folder / 'worker.log').read_text()[-3000:]}")
+    counted = 0
+
+    def enough() -> bool:
+        nonlocal counted
+        found = get(url)
+        counted = sum(row["row"]["orders"] for row in found["rows"])
+        return len(found["partitions"]) == partitions and counted > more_than
+
+    until(enough, folder)
+    return counted
 
 
 README = ROOT / "README.md"
@@ -237,7 +254,7 @@ def at_port(command: str, port: int) -> str:
 
 def test_the_readme_runs_as_printed_and_goes_on_after_a_kill(tmp_path: Path) -> None:
     write_files(README, tmp_path)
-    worker, curl = line("faust -A")[0], line("curl")[0]
+    worker, curl = line("streamproc worker")[0], line("curl")[0]
     port = free_port()
     url = at_port(curl.split()[-1], port)
     with started(worker, tmp_path, WEB_PORT=str(port)) as first:
@@ -250,18 +267,41 @@ def test_the_readme_runs_as_printed_and_goes_on_after_a_kill(tmp_path: Path) -> 
     assert (tmp_path / "shop-data").is_dir()
 
 
+def test_the_guide_feeds_runs_and_reads_its_dead_letters(tmp_path: Path) -> None:
+    """Its sinks are not there: the dead letters do not wait for them."""
+    guide = ROOT / "docs" / "guide.md"
+    write_files(guide, tmp_path)
+    program = [block.text for block in blocks(guide) if block.language == "python" and not block.name]
+    (tmp_path / "shop.py").write_text("\n".join(program))
+    worker = next(command for command in commands(guide) if command.startswith("streamproc worker"))
+    port = free_port()
+    run = {
+        "cwd": tmp_path,
+        "env": environment(),
+        "capture_output": True,
+        "text": True,
+        "timeout": WAIT_S,
+        "check": True,
+    }
+    subprocess.run([sys.executable, "feed.py"], **run)  # type: ignore[call-overload]
+    with started(at_port(worker, port), tmp_path):
+        until(lambda: any(topic["records"] for topic in get(f"http://localhost:{port}/api/side")["topics"]), tmp_path)
+    told = subprocess.run([sys.executable, "dead_letters.py"], **run)  # type: ignore[call-overload]
+    assert told.stdout.count("'sp-reason': b'amount sane'") == 1
+
+
 @pytest.mark.kafka
 @pytest.mark.timeout(240)
+@pytest.mark.skipif("KAFKA_BOOTSTRAP" in os.environ, reason="an outside broker may have topics of the README's names")
 def test_the_readme_runs_on_kafka_with_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
     from streamproc.testing.kafka_server import KafkaServer
 
     write_files(README, tmp_path)
     (broker,) = line("export BROKER")
-    one, two = line("faust --datadir")
+    _, one, two = line("streamproc worker")
     ports = free_port(), free_port()
     path = line("curl")[0].partition("6066")[2]
     with KafkaServer() as kafka:
-        _forget_topics(kafka.bootstrap)
         name, _, value = broker.removeprefix("export ").partition("=")
         settings = {name: value.replace("localhost:9092", kafka.bootstrap)}
         with (
@@ -280,20 +320,3 @@ def test_the_readme_runs_on_kafka_with_two_workers_of_which_one_is_killed(tmp_pa
 def _held(port: int) -> int:
     """Partitions of the table that this worker itself holds."""
     return len(get(f"http://localhost:{port}/api/tables/revenue/rows?local=1")["partitions"])
-
-
-def _forget_topics(bootstrap: str) -> None:
-    """An outside broker may have run this before."""
-    from aiokafka.admin import AIOKafkaAdminClient  # type: ignore[import-untyped,unused-ignore]
-
-    async def forget() -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
-        await admin.start()
-        try:
-            ours = [topic for topic in await admin.list_topics() if topic == "orders" or topic.startswith("shop-")]
-            if ours:
-                await admin.delete_topics(ours)
-        finally:
-            await admin.close()
-
-    asyncio.run(forget())

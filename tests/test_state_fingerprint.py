@@ -51,7 +51,7 @@ def test_a_change_that_rows_would_not_survive_is_refused(change: dict[str, Any],
     message = str(refused.value)
     assert message.startswith("agents/orders.py:12: Table 'revenue' was built by other code: ")
     assert said in message
-    assert message.endswith("rename the table, or give its rows up with `streamproc reset --table revenue`.")
+    assert message.endswith("rename the table, or give its rows up with `streamproc reset MODULE --table revenue`.")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_change_that_rows_do_not_depend_on_goes_through(change: dict[str, Any]
 
 @pytest.mark.parametrize("change", [{"within_ms": 1_000}, {"columns": ("user_id",)}, {"name": "other"}])
 def test_dedupe_forgets_nothing_silently(change: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="reset --table"):
+    with pytest.raises(UserError, match="reset MODULE --table"):
         require_same(stored(DEDUPE), fingerprint_of(replace(DEDUPE, **change)))
     require_same(stored(DEDUPE), fingerprint_of(replace(DEDUPE, nulls="dead_letter", where="elsewhere")))
 

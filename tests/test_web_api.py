@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+import polars as pl
 import pytest
 
 import streamproc as sp
@@ -82,16 +84,12 @@ def test_a_point_query_equals_the_oracle_for_every_sort_of_time(
 
 
 def iso(ms: int) -> str:
-    from datetime import UTC, datetime
-
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat()
 
 
 def test_pages_of_rows_are_the_whole_table_once_newest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def questions(asking: Client, app: Any) -> None:
-        want = sorted(
-            oracle().tables["hourly"], key=lambda row: (-row["window_start"], row["carrier"], row["origin"])
-        )
+        want = sorted(oracle().tables["hourly"], key=lambda row: (-row["window_start"], row["carrier"], row["origin"]))
         for limit in (1000, 333):
             rows = await every_row(asking, f"{PATH}/rows", limit=limit)
             assert [row["row"] for row in rows] == want
@@ -279,7 +277,7 @@ def test_keys_of_every_type_are_found_and_ugly_values_told(tmp_path: Path) -> No
     )
     (
         app.pipeline(topic)
-        .with_columns(half=sp_col("amount").cast(int_type()), big=sp_col("amount") > 10, day=sp_col("at").dt.date())
+        .with_columns(half=pl.col("amount").cast(pl.Int64), big=pl.col("amount") > 10, day=pl.col("at").dt.date())
         .group_by("country", "half", "big", "day")
         .window(sp.tumbling("1h"))
         .agg(n=sp.count(), total=sp.sum("amount"), most=sp.sum("half"))
@@ -321,18 +319,6 @@ def test_keys_of_every_type_are_found_and_ugly_values_told(tmp_path: Path) -> No
             assert (nulls.status, nulls.json["row"]) == (200, None)
 
     asyncio.run(scenario())
-
-
-def sp_col(name: str) -> Any:
-    import polars as pl
-
-    return pl.col(name)
-
-
-def int_type() -> Any:
-    import polars as pl
-
-    return pl.Int64
 
 
 def test_uncommitted_rows_are_never_shown(tmp_path: Path) -> None:

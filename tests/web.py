@@ -75,8 +75,6 @@ def load_agent(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> App:
     return app
 
 
-
-
 @asynccontextmanager
 async def flights_running(app: App, folder: Path) -> AsyncIterator[Client]:
     """The main job over `DAYS` real days, finished, and a client of it."""

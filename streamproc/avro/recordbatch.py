@@ -69,7 +69,8 @@ class CorruptBatch(WorkerFailure):
     def __init__(self, tp: TopicPartition, base_offset: int, what: str) -> None:
         super().__init__(
             f"The record batch at offset {base_offset} of {tp.topic}[{tp.partition}] is corrupt: {what}. Restore the "
-            f"partition from a replica or a backup, or move the positions past it with `streamproc reset`."
+            "partition from a replica or a backup, or delete the records up to it (kafka-delete-records.sh) and start "
+            "anew with `streamproc reset MODULE`."
         )
         self.tp, self.base_offset, self.what = tp, base_offset, what
 

@@ -109,7 +109,7 @@ def decide_claim(found: Ledger | None, *, log_id: str, incarnation: int, epoch: 
     if found.epoch > epoch:
         raise LogLost(
             f"The sink has applied epoch {found.epoch} of this task, but its commit record stands at epoch {epoch}: "
-            "the log has lost committed epochs. Restore it, or give up what the sink holds with `streamproc reset`."
+            "the log has lost committed epochs. Restore it, or start anew with `streamproc reset MODULE`."
         )
     if found.epoch == REBUILDING:
         return Rebuild(found, unfinished, "the last rebuild of the sink did not end")
@@ -139,5 +139,5 @@ def _other_log(found: Ledger, unfinished: Ledger) -> Rebuild:
     raise LogLost(
         f"The sink holds rows of log {found.log_id} (epoch {found.epoch}), but this task's log is {unfinished.log_id}: "
         "the log was lost or made anew, or another application writes to this target. Point the sink at an empty target, "
-        "or give up what it holds with `streamproc reset`."
+        "or start anew with `streamproc reset MODULE`."
     )

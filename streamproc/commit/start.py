@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -26,6 +26,8 @@ class Declared:
     tables: Mapping[str, dict[str, object]]
     """Table -> canonical form of its plan."""
     changelogs: tuple[str, ...]
+    agents: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Agent (pipeline, table) -> the topics it reads."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def topology_hash(declared: Declared) -> str:
 
 def require_fit(found: Found, declared: Declared) -> None:
     """Refuse to go on with a log that does not belong to this code. Raises `UserError` or `LogLost`."""
-    reset = f"streamproc reset {declared.app_id}"
+    reset = "streamproc reset MODULE"
     record = found.record
     if record is None:
         held = [name for name, count in found.changelog_records.items() if count]
@@ -68,6 +70,21 @@ def require_fit(found: Found, declared: Declared) -> None:
             f"then: {sorted(record.fingerprints)}; now: {sorted(declared.sources)}, {sorted(declared.tables)}).",
             remedy=f"Deploy the code that fits, start under a new id, or `{reset}`.",
         )
+    _require_positions(record, declared, reset)
+
+
+def _require_positions(record: CommitRecord, declared: Declared, reset: str) -> None:
+    """An agent without a position in a topic would not read it, or read it anew: neither is what its author meant."""
+    for agent, topics in declared.agents.items():
+        for topic in topics:
+            if tp_name(TopicPartition(topic, declared.task.partition)) not in record.positions.get(agent, {}):
+                then = ", ".join(f"{name} of {sorted(at)}" for name, at in record.positions.items())
+                raise UserError(
+                    f"Agent {agent} has no position in {topic}: task {declared.task} was committed by other code (agents "
+                    f"then: {then}).",
+                    remedy="Give it the name and topics it had, `@app.agent(topic, name=…)`, start under a new id, or "
+                    f"`{reset}`.",
+                )
 
 
 def first_record(declared: Declared, *, log_id: str, positions: Mapping[str, Mapping[TopicPartition, int]],

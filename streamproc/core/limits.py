@@ -123,7 +123,7 @@ WEB_ROWS: Final = 100
 """Rows in an answer when the question does not say how many."""
 WEB_SCAN_ROWS_MAX: Final = 5_000
 """Stored rows looked at for one answer, whatever it filters by: an answer may end earlier and say where to go on."""
-WEB_SLICE_ROWS: Final = 500
+WEB_SLICE_ROWS: Final = 250
 """Stored rows decoded between two breaths of the event loop: a few milliseconds in which no batch is processed."""
 WEB_WINDOWS_MAX: Final = 500
 """Windows of one chart."""

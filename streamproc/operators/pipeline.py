@@ -449,7 +449,7 @@ class _Compiler:
         if source.topic not in partitions:
             raise UserError(
                 f"Topic {source.topic!r} does not exist.",
-                remedy=f"Create it: streamproc topics create {source.topic}.",
+                remedy="Create it: `streamproc topics MODULE --create --partitions N`.",
                 where=source.where,
             )
         self._partitions = partitions[source.topic]

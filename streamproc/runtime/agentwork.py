@@ -12,13 +12,14 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 from streamproc.commit.record import CommitRecord, tp_name
 from streamproc.core import limits
 from streamproc.core.batch import RawBatch
 from streamproc.core.clock import Clock
-from streamproc.core.errors import BarrierTimeout, UserError, WorkerFailure
+from streamproc.core.errors import BarrierTimeout, StreamprocError, UserError
 from streamproc.core.types import Offset, TopicPartition
 from streamproc.operators.side import side_record
 from streamproc.operators.source import Counters
@@ -86,7 +87,9 @@ class Instance:
 
     def __init__(self, work: AgentWork, spec: AgentSpec, positions: dict[TopicPartition, int], first: bool) -> None:
         self.work, self.spec, self.positions = work, spec, positions
-        self.overlays: Mapping[str, Any] = work.overlays
+        self.overlays: Mapping[str, Any] = _Shut(f"Agent {spec.name} has no record in hand")
+        """The tables while it has a record in hand. What it does at another time, in a task it left behind say, would fall
+        into the gap between an epoch's freeze and its end, and be lost: it is refused."""
         self.idle = True
         """It has no record in hand."""
         self.chunk: list[Any] = []
@@ -110,7 +113,9 @@ class Instance:
         return self._pending[0].at + len(self.chunk) - left - 1
 
     def record(self) -> tuple[RawBatch, int]:
-        """The batch and row of the record the agent is at."""
+        """The batch and row of the record the agent is at; `IndexError` while it has none in hand."""
+        if not self.loaded:
+            raise IndexError
         pending = self._pending[0]
         return pending.batch, pending.rows[self.index()]
 
@@ -131,7 +136,7 @@ class Instance:
 
     def kill(self) -> None:
         """Nothing that its code still does, in a ``finally`` say, may touch the task."""
-        self.overlays = _Dead(self.spec.name)
+        self.overlays = _Shut(f"Agent {self.spec.name} was given up")
         if self.runner is not None:
             self.runner.cancel()
 
@@ -140,17 +145,23 @@ class Instance:
     async def next_chunk(self) -> None:
         self._finish()
         while not self._load():
-            self.idle = True
+            if not self.idle:
+                self._rest()
             self.work.note_idle()
             self._wake.clear()
             await self._wake.wait()
-        self.idle = False
+        if self.idle:
+            self.idle, self.overlays = False, self.work.overlays
+
+    def _rest(self) -> None:
+        self.idle, self.overlays = True, _Shut(f"Agent {self.spec.name} has no record in hand")
 
     def _finish(self) -> None:
         """The records handed out are done: their position counts from now on."""
         if not self.loaded:
             return
         self.loaded = False
+        self.cut()  # an agent that left its ``async for`` and began another was not handed the rest
         pending = self._pending[0]
         pending.at += len(self.chunk)
         took = self.work.clock.monotonic_s() - self._began
@@ -228,9 +239,9 @@ class TaskStream:
         instance = self._instance
         while True:
             await instance.next_chunk()
-            values = list(instance.it)
-            for lo in range(0, len(values), max_):
-                yield values[lo : lo + max_]
+            # Taken off the iterator only when yielded: a barrier cuts off the rest.
+            while values := list(islice(instance.it, max_)):
+                yield values
             await asyncio.sleep(0)
 
     def __getattr__(self, name: str) -> Any:
@@ -255,6 +266,8 @@ class AgentWork(Work):
         self._gate = True
         self._all_idle = asyncio.Event()
         self._solo: Instance | None = None
+        """Has a record to run alone: nothing else is handed out until that one is through."""
+        self._solo_ran = False
         self._counters, self._uncommitted = Counters(), Counters()
         self._output_bytes = 0
 
@@ -265,7 +278,7 @@ class AgentWork(Work):
         self._kill()
         self.overlays, self._outputs, self._output_bytes = overlays, {}, 0
         self._committed = record.positions
-        self._gate, self._solo, self.wants_commit = True, None, False
+        self._gate, self._solo, self._solo_ran, self.wants_commit = True, None, False, False
         self._uncommitted = Counters()
         speakers: set[str] = set()
         for spec in self.specs:
@@ -281,7 +294,15 @@ class AgentWork(Work):
     def _start(self, instance: Instance) -> None:
         async def run() -> None:
             CURRENT.set(instance)
-            await instance.spec.run(TaskStream(instance))
+            try:
+                await instance.spec.run(TaskStream(instance))
+            except asyncio.CancelledError as cancelled:
+                if instance not in self._instances:
+                    raise
+                # Not by us: it awaited something that was cancelled. A dead agent that nobody hears of is a hang.
+                raise RuntimeError("the agent was cancelled from within").with_traceback(
+                    cancelled.__traceback__
+                ) from None
             raise UserError(
                 f"Agent {instance.spec.name} returned.",
                 remedy="An agent iterates its stream for ever: `async for value in stream: …`.",
@@ -314,8 +335,8 @@ class AgentWork(Work):
         failure, self.failure = self.failure, None
         if failure is None:
             return
-        if isinstance(failure, WorkerFailure) or not isinstance(failure, Exception):
-            raise failure
+        if isinstance(failure, StreamprocError) or not isinstance(failure, Exception):
+            raise failure  # ours by its kind (a broker that is down, a damaged store): no record is to blame
         instance = self._failed
         try:
             batch, row = instance.record()
@@ -341,7 +362,7 @@ class AgentWork(Work):
                 if position == before:
                     continue
                 found = True
-                if self._solo is instance:
+                if self._solo is instance and self._solo_ran:
                     self._suspect(instance.spec.name, tp, before, reason)
                 else:
                     self._trouble.careful[instance.spec.name, tp] = position
@@ -394,7 +415,7 @@ class AgentWork(Work):
             self._solo = instance
             self._ask_commit()
             return 0
-        self._solo = instance
+        self._solo, self._solo_ran = instance, True
         if suspect is not None and suspect.offset == offset and suspect.failures >= limits.RECORD_FAILURES_MAX:
             instance.skip(pending, f"agent {instance.spec.name} failed {suspect.failures} times: {suspect.reason}")
             self._ask_commit()
@@ -438,7 +459,9 @@ class AgentWork(Work):
             if self.failure is None:
                 await asyncio.wait_for(self._all_idle.wait(), limits.BARRIER_TIMEOUT_S)
         except TimeoutError:
-            slow = next(i for i in self._instances if not i.idle)
+            slow = next((i for i in self._instances if not i.idle), None)
+            if slow is None:  # in the very moment
+                return
             line = "; ".join(
                 f"{f.f_code.co_filename}:{f.f_lineno}" for f in (slow.runner.get_stack() if slow.runner else [])
             )
@@ -450,7 +473,9 @@ class AgentWork(Work):
             raise AgentFailed
 
     def release(self) -> None:
-        self._gate, self.wants_commit, self._solo = True, False, None
+        self._gate, self.wants_commit = True, False
+        if self._solo_ran:  # else it is its turn now, before the others are busy again
+            self._solo, self._solo_ran = None, False
         for instance in self._instances:
             if instance.runner is None:
                 self._start(instance)
@@ -492,14 +517,14 @@ class AgentWork(Work):
         return self._counters
 
 
-class _Dead(Mapping[str, Any]):
-    """The tables of an instance that was given up."""
+class _Shut(Mapping[str, Any]):
+    """The tables of an instance that may not touch them."""
 
-    def __init__(self, agent: str) -> None:
-        self._agent = agent
+    def __init__(self, why: str) -> None:
+        self._why = why
 
     def __getitem__(self, name: str) -> Any:
-        raise RuntimeError(f"Agent {self._agent} was given up; table {name} is no longer its to touch.")
+        raise RuntimeError(f"{self._why}: table {name} is not its to touch. Use tables within `async for` only.")
 
     def __iter__(self) -> Any:
         return iter(())

@@ -17,7 +17,7 @@ from streamproc.commit.ledger import CatchUp, Fenced, Ledger, Rebuild, advanced,
 from streamproc.commit.record import CommitRecord
 from streamproc.core import limits
 from streamproc.core.clock import Clock
-from streamproc.core.errors import LedgerMoved, LogLost, SinkUnavailable, StreamprocError, TaskFailure
+from streamproc.core.errors import LedgerMoved, SinkUnavailable
 from streamproc.core.partitioner import partition_of
 from streamproc.core.types import Offset, TaskId, TopicPartition
 from streamproc.operators.partials import encode_group_key
@@ -83,7 +83,7 @@ class SinkFeed:
     ) -> None:
         self.task, self.table, self.shape, self.use = task, table, shape, use
         self.writer, self.work, self.clock = writer, work, clock
-        self.failure: StreamprocError | None = None
+        self.failure: Exception | None = None
         self.problem: str | None = None
         """Why the sink is behind, in words; None while it is not."""
         self._held: Ledger | None = None
@@ -122,12 +122,14 @@ class SinkFeed:
         """Let what is committed go out if that is quick; the next owner makes up for the rest."""
         if self._runner is not None:
             drained = asyncio.ensure_future(self._idle.wait())
-            await asyncio.wait([self._runner, drained], timeout=limits.SINK_CLOSE_S,
-                               return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
-            drained.cancel()
-            self._runner.cancel()
-            await asyncio.wait([self._runner, drained])
-        await self.writer.close()
+            try:
+                await asyncio.wait([self._runner, drained], timeout=limits.SINK_CLOSE_S,
+                                   return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
+            finally:  # cancelled or not, nothing of it runs on
+                drained.cancel()
+                self._runner.cancel()
+                await asyncio.wait([self._runner, drained])
+                await self.writer.close()
 
     # ---- step 5 of a start
 
@@ -229,7 +231,7 @@ class SinkFeed:
                 pause = min(pause * 2, limits.RETRY_BACKOFF_S_MAX)
                 self._held = await self._reread() or self._held
                 continue
-            except (TaskFailure, LogLost) as failure:
+            except Exception as failure:  # of any kind: a feed that dies unheard would hold its task for ever
                 self.failure = failure
                 wake.set()
                 return

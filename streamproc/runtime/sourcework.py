@@ -32,8 +32,11 @@ class SourceWork(Work):
         name = tp_name(self.tp)
         self._position = record.positions[self.plan.name][name]
         self._end = record.ends.get(name)
-        self.program = SourceProgram(self.plan, self.tp.partition, self._sources, self._decoder, overlays,
-                                     record.watermarks.get(self.plan.name, {}).get(name))  # fmt: skip
+        clock = record.watermarks.get(self.plan.name, {}).get(name)
+        if clock is not None:
+            # A restart is not idleness: what was written meanwhile must be read before others may go ahead of it.
+            clock = WatermarkState(clock.watermark)
+        self.program = SourceProgram(self.plan, self.tp.partition, self._sources, self._decoder, overlays, clock)
         self._records = 0
         self._committed_clock = self.program.snapshot()
         self._finish_if_at_end()

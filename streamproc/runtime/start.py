@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from streamproc.commit import record as commit_record
 from streamproc.commit.record import CommitRecord
@@ -22,7 +23,18 @@ from streamproc.state.overlay import table_prefix
 from streamproc.state.restore import RestoreProgress, check_store, restore
 from streamproc.transport.contract import Membership, PartitionOffsets, TaskProducer, Transport
 
-__all__ = ["GroupPlan", "Opened", "StartParts", "last_commit", "open_task"]
+__all__ = ["Fed", "GroupPlan", "Opened", "StartParts", "last_commit", "open_task"]
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A table as the group that feeds it knows it."""
+
+    group: str
+    """The group that owns it."""
+    commits_topic: str
+    table: str
+    fingerprint: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,8 @@ class GroupPlan:
     bounded: bool = False
     start_at: str = "earliest"
     """Where the very first start begins: ``earliest`` or ``latest``."""
+    fed: tuple[Fed, ...] = ()
+    """Tables of other groups that this one ships partial aggregates to."""
 
     @property
     def partitions(self) -> int:
@@ -55,6 +69,7 @@ class GroupPlan:
             self.sources,
             {table.name: dict(table.fingerprint) for table in self.tables},
             tuple(table.changelog for table in self.tables),
+            self.agents,
         )
 
 
@@ -105,6 +120,7 @@ async def open_task(parts: StartParts) -> Opened:
         record = await _first(parts, declared)
     for name, form in declared.tables.items():
         require_same(record.fingerprints.get(name), form, parts.group.app_id)
+    await _require_same_fed(parts)
 
     # 3. Open the store; of another history, ahead of the log or too old it is wiped.
     store = parts.open_store(parts.folder)
@@ -131,6 +147,17 @@ async def open_task(parts: StartParts) -> Opened:
         store.close()
         raise
     return Opened(record, store, dict(applied), first)
+
+
+async def _require_same_fed(parts: StartParts) -> None:
+    """Refuse here what the owner of a table would refuse: partial aggregates of other code, once committed behind the
+    source's position, would be read by the right code when it comes back."""
+    for fed in parts.group.fed:
+        tp = TopicPartition(fed.commits_topic, parts.task.partition)
+        ends = (await parts.transport.offsets([tp]))[tp]
+        owner = await last_commit(parts.transport, fed.group, tp, ends._replace(end=ends.stable))
+        if owner is not None:
+            require_same(owner.fingerprints.get(fed.table), fed.fingerprint, parts.group.app_id)
 
 
 def _reader(parts: StartParts, targets: dict[str, Offset]) -> Callable[[str, Offset], AsyncIterator[RawBatch]]:

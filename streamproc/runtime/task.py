@@ -104,6 +104,9 @@ class Task:
         self._wake = asyncio.Event()
         self._due = self._closing = False
         self._failures = 0
+        self._alike = 0
+        """How many of the last failures in a row were of one kind."""
+        self._failed: type[BaseException] | None = None
         self.restored = asyncio.Event()
         """Set once the first start has its state; a task that cannot start sets it too, so that nobody waits for it."""
 
@@ -152,10 +155,17 @@ class Task:
         if self.phase is Phase.RUNNING and self.work is not None and not self._inbox:
             self.work.tick(monotonic_ms, self.env.fetcher.at_end)
 
-    def close(self) -> None:
-        """Commit what is done and end; `run` returns when it is over."""
+    def close(self) -> bool:
+        """Commit what is done and end; `run` returns when it is over. False: it has not started yet, so that there is
+        nothing to commit and `run` may be cancelled at once."""
         self._closing = True
         self._wake.set()
+        self.restored.set()
+        return self.phase in (Phase.RUNNING, Phase.HELD)
+
+    @property
+    def closing(self) -> bool:
+        return self._closing
 
     async def run(self) -> None:
         """Raises `WorkerFailure` only; task failures and outages start the task anew, with back-off."""
@@ -166,6 +176,8 @@ class Task:
                     await self._serve()
                 except (TaskFailure, Retryable, OSError) as failure:
                     self._failures += 1
+                    self._alike = self._alike + 1 if self._failed is type(failure) else 1
+                    self._failed = type(failure)
                     self.view.restarts += 1
                     self.view.problem = str(failure)
                     self._give_up_if_hopeless(failure)
@@ -272,10 +284,11 @@ class Task:
         work = self._parts.work
         if not work.dirty:
             work.wants_commit = False
+            work.release()
             return
         work.expire(min((feed.applied_epoch for feed in self.feeds), default=self.record.epoch))
         self._note(await commit(self._parts, self.record))
-        self._failures = 0
+        self._failures, self._failed = 0, None
 
     def _note(self, done: Committed) -> None:
         self.record = done.record
@@ -298,29 +311,31 @@ class Task:
         """Give up what this start holds; whatever was not committed is forgotten."""
         for topic in self.env.group.sources:
             self.env.fetcher.pause(TopicPartition(topic, self.id.partition))
-        for feed in self.feeds:
-            await feed.close()
-        self.feeds = []
-        if self.work is not None:
-            await self.work.close()
-        if self.store is not None:
-            self.store.close()
-        self.store = self.work = self._parts = None
+        feeds, work, store = self.feeds, self.work, self.store
+        self.feeds, self.store, self.work, self._parts = [], None, None, None
         self._inbox.clear()
         self._inbox_bytes = 0
+        # A revocation that takes too long cancels any of these awaits: the store's lock must not outlive the task.
+        try:
+            if work is not None:
+                await work.close()
+        finally:
+            if store is not None:
+                store.close()
+            await asyncio.gather(*(feed.close() for feed in feeds))
 
     def _give_up_if_hopeless(self, failure: BaseException) -> None:
         if not isinstance(failure, ProduceRefused | BarrierTimeout):
             return
         if isinstance(failure, ProduceRefused) and self.work is not None and self.work.refused(str(failure)):
             return  # it will find the record that is to blame and set it aside
-        if isinstance(failure, ProduceRefused) and self._failures >= limits.REFUSED_EPOCHS_MAX:
+        if isinstance(failure, ProduceRefused) and self._alike >= limits.REFUSED_EPOCHS_MAX:
             raise UserError(
-                f"The broker refused what task {self.id} writes to {failure.topic} {self._failures} times: {failure}",
+                f"The broker refused what task {self.id} writes to {failure.topic} {self._alike} times: {failure}",
                 remedy="Raise max.message.bytes of that topic (and the broker's), or write less in one record.",
             ) from failure
-        if isinstance(failure, BarrierTimeout) and self._failures >= limits.BARRIER_TIMEOUTS_MAX:
-            raise UserError(str(failure), remedy=f"It happened {self._failures} times; the worker stops.") from failure
+        if isinstance(failure, BarrierTimeout) and self._alike >= limits.BARRIER_TIMEOUTS_MAX:
+            raise UserError(str(failure), remedy=f"It happened {self._alike} times; the worker stops.") from failure
 
     async def _back_off(self) -> None:
         pause = min(limits.RETRY_BACKOFF_S * 2 ** min(self._failures, 10), limits.TASK_RESTART_S_MAX)

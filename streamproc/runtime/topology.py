@@ -18,7 +18,7 @@ from streamproc.operators.tablerows import TableRows
 from streamproc.runtime.agentwork import AgentSpec, AgentWork, RowReader, Trouble
 from streamproc.runtime.ownerwork import OwnerWork
 from streamproc.runtime.sourcework import SourceWork
-from streamproc.runtime.start import GroupPlan
+from streamproc.runtime.start import Fed, GroupPlan
 from streamproc.runtime.work import SinkUse, StateTable, Work
 from streamproc.sinks.contract import TableShape
 from streamproc.state.fingerprint import ObjectTable, fingerprint_of
@@ -78,24 +78,30 @@ def pipeline_groups(
     groups: list[Group] = []
     handles = {handle.name: handle for handle in declaration.tables}
     for plan in plans:
-        groups.append(_source_group(plan, registry, app_id, partitions[plan.topic]))
-        groups.extend(_owner_group(handles[name], app_id, partitions[plan.topic]) for name in _tables(plan.root))
+        count = partitions[plan.topic]
+        owners = [_owner_group(handles[name], app_id, count) for name in _tables(plan.root)]
+        groups += [_source_group(plan, registry, app_id, count, owners), *owners]
     return groups
 
 
-def _source_group(plan: SourcePlan, registry: Registry, app_id: str, count: int) -> Group:
+def _source_group(plan: SourcePlan, registry: Registry, app_id: str, count: int, owners: Sequence[Group]) -> Group:
     tables = tuple(
         StateTable(step.name, changelog_topic(app_id, step.name), _overlay(step.name), fingerprint_of(step))
         for step in _dedupes(plan.root)
     )
     late = {table.late_topic for node in _nodes(plan.root) for table in node.tables}
+    fed = [
+        Fed(owner.plan.name, owner.plan.commits_topic, table.name, table.fingerprint)
+        for owner in owners
+        for table in owner.plan.tables
+    ]
 
     def make_work(partition: int) -> Work:
         decoder = Decoder(plan.schema, registry, projection(plan))
         return SourceWork(plan, decoder, partition, count, lambda table: repartition_topic(app_id, table))
 
     group = GroupPlan(f"read-{plan.name}", app_id, {plan.topic: count}, {plan.name: (plan.topic,)}, tables,
-                      plan.event_time.bounded)  # fmt: skip
+                      plan.event_time.bounded, fed=tuple(fed))  # fmt: skip
     return Group(group, make_work, (plan.dead_letter_topic, *sorted(late)), source=plan)
 
 

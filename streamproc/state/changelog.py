@@ -113,5 +113,5 @@ def _foreign(batch: RawBatch, row: int, why: str) -> UserError:
     return UserError(
         f"Changelog {tp.topic} partition {tp.partition} holds a record at offset {int(batch.offsets[row])} that "
         f"streamproc did not write: {why}.",
-        remedy="Find who else writes to the topic and stop it; then give up the state with `streamproc reset`.",
+        remedy="Find who else writes to the topic and stop it; then give up the state with `streamproc reset MODULE`.",
     )

@@ -85,7 +85,7 @@ def require_same(old: Mapping[str, Any] | None, new: Mapping[str, Any], where: s
         table = new.get("table") or old.get("table")
         raise UserError(
             f"Table {table!r} was built by other code: {'; '.join(changed)}. Its rows would be wrong.",
-            remedy=f"Undo the change, rename the table, or give its rows up with `streamproc reset --table {table}`.",
+            remedy=f"Undo the change, rename the table, or give its rows up with `streamproc reset MODULE --table {table}`.",
             where=where,
         )
 

@@ -185,7 +185,7 @@ class _Run:
             raise LogLost(
                 f"Changelog {batch.tp.topic} partition {batch.tp.partition} holds epoch {latest}, ahead of the commit "
                 f"record's {self.epoch}: the commits topic has lost records. Restore it, or start anew with "
-                "`streamproc reset`."
+                "`streamproc reset MODULE`."
             )
         self.seen_epoch = latest
         return held

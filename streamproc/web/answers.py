@@ -69,7 +69,7 @@ def _plain_time(value: Any) -> Any:
         moment = value if value.tzinfo is not None else value.replace(tzinfo=UTC)
         return (moment - _EPOCH) // _MILLISECOND
     if isinstance(value, timedelta):
-        return value // _MILLISECOND
+        return plain(value // _MILLISECOND)
     if isinstance(value, date | time):
         return value.isoformat()
     return str(value)

@@ -48,14 +48,14 @@ def graph_of(groups: Mapping[str, Group]) -> dict[str, Any]:
     for name, group in groups.items():
         if group.source is not None:
             plan = group.source
-            source = drawing.add("source", plan.topic, plan.topic, f"event time: {plan.event_time.column}", group=name)
+            source = drawing.add("source", plan.topic, plan.topic, f"time: {plan.event_time.column}", group=name)
             _walk(drawing, plan.root, source, f"{plan.name}/", name)
         elif group.table is None:
             _agents(drawing, group)
     for group in groups.values():
         for table in group.plan.tables:
             for use in table.sinks:
-                sink = drawing.add("sink", use.sink.name, use.sink.name, f"exactly once, emit {use.emit}")
+                sink = drawing.add("sink", use.sink.name, use.sink.name, f"emits {use.emit}")
                 drawing.join(f"table:{table.name}", sink)
     return {"nodes": list(drawing.nodes.values()), "edges": drawing.edges}
 
@@ -86,7 +86,7 @@ def _told(step: Step) -> tuple[str, str]:
 
 
 def _table_told(plan: TablePlan) -> str:
-    return f"by {', '.join(plan.keys)}, every {span(plan.window.size_ms)}"
+    return f"{span(plan.window.size_ms)} by {', '.join(plan.keys)}"
 
 
 def _agents(drawing: _Drawing, group: Group) -> None:

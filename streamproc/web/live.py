@@ -24,7 +24,7 @@ class Live:
         self._read, self._clock = read, clock
         self._open: set[asyncio.Task[Any]] = set()
 
-    async def __call__(self, request: web.Request) -> web.StreamResponse:
+    async def stream(self, request: web.Request) -> web.StreamResponse:
         if len(self._open) >= limits.WEB_STREAMS_MAX:
             return refusal(Refused(503, f"{len(self._open)} pages are kept up to date already.", "Close one of them."))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})

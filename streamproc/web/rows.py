@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -39,7 +39,7 @@ __all__ = [
 
 
 T = TypeVar("T")
-_SLICE_WINDOWS: Final = 50
+_SLICE_WINDOWS: Final = 25
 """Windows looked into between two breaths, however few rows they have."""
 
 
@@ -69,8 +69,8 @@ def read_place(text: str | None) -> Place | None:
 class Page:
     """Rows in order, each with its place; ``complete_to``: the last place looked at, None: everything was."""
 
-    rows: list[tuple[Place, dict[str, Any]]] = field(default_factory=list)
-    complete_to: Place | None = None
+    rows: list[tuple[Place, dict[str, Any]]]
+    complete_to: Place | None
 
 
 class _Found(NamedTuple):
@@ -80,64 +80,94 @@ class _Found(NamedTuple):
     partition: int
 
 
+class _Look(NamedTuple):
+    """What was found between two breaths: every row looked at, which of them fit, and where to go on (None: nowhere)."""
+
+    rows: list[_Found]
+    fits: list[bool]
+    next: Place | None
+
+
+async def _page(
+    look: Callable[[Place | None, int], _Look], after: Place | None, limit: int
+) -> tuple[list[_Found], Place | None]:
+    """Look again and again, with a breath in between, until ``limit`` rows fit or as many were looked at as may be."""
+    found: list[_Found] = []
+    left = limits.WEB_SCAN_ROWS_MAX
+    while True:
+        rows, fits, after = look(after, min(left, limits.WEB_SLICE_ROWS))
+        for row, fit in zip(rows, fits, strict=True):
+            found += [row] if fit else []
+            if len(found) == limit and row is not rows[-1]:
+                return found, row.place
+        left -= len(rows)
+        if after is None or left <= 0 or len(found) >= limit:
+            return found, after
+        await asyncio.sleep(0)
+
+
+def _first(
+    parts: Sequence[HeldTable], window: int, start: bytes, stop: bytes | None, cut: int, most: int
+) -> list[_Found]:
+    """The first ``most`` rows of all partitions in [``start``, ``stop``); the first ``cut`` bytes of a key are no part of
+    its place."""
+    return sorted(
+        _Found(Place(window, key[cut:]), key, value, part.partition)
+        for part in parts
+        for key, value in islice(part.scan(start, stop), most)
+    )[:most]
+
+
 # ---- windowed tables
 
 
-def window_page(table: TableFacts, held: Sequence[HeldTable], *, after: Place | None, limit: int, words: list[str],
-                window_start: int | None) -> Page:  # fmt: skip
-    """Up to ``limit`` rows behind ``after`` whose keys hold all ``words``."""
-    found: list[_Found] = []
-    cuts: list[Place] = []
-    for part in held:
-        mine, cut = _take(_windowed(table, part, after, words, window_start), limit,
-                          limits.WEB_SCAN_ROWS_MAX // len(held))  # fmt: skip
-        found += mine
-        cuts += [cut] if cut is not None else []
-    found.sort()
-    found, complete_to = cut_off(found, [row.place for row in found], cuts, limit)
-    return Page(_shown(table, found), complete_to)
+async def window_page(inspector: Inspector, table: TableFacts, *, after: Place | None, limit: int, words: list[str],
+                      window_start: int | None) -> Page:  # fmt: skip
+    """Up to ``limit`` rows behind ``after`` whose keys hold all ``words``. Rows of different windows may be of different
+    epochs."""
+
+    def look(place: Place | None, most: int) -> _Look:
+        parts = list(inspector.held(table).values())
+        if window_start is None:
+            starts = _newest(parts, _SLICE_WINDOWS + 1, None if place is None else -place.window)
+        else:
+            starts = [window_start] if place is None or -window_start >= place.window else []
+        return _look_into(table, parts, starts, place, words, most)
+
+    found, complete_to = await _page(look, after, limit)
+    return Page(await _shown(table, found), complete_to)
 
 
-def _take(rows: Iterator[_Found | Place], limit: int, budget: int) -> tuple[list[_Found], Place | None]:
-    """Rows until ``limit`` of them or ``budget`` looked at; the last place looked at if that was not all."""
-    taken: list[_Found] = []
-    for looked, row in enumerate(rows, 1):
-        if isinstance(row, _Found):
-            taken.append(row)
-        if len(taken) >= limit or looked >= budget:
-            return taken, row.place if isinstance(row, _Found) else row
-    return taken, None
+def _newest(parts: Sequence[HeldTable], count: int, until: int | None) -> list[int]:
+    """Starts of the newest windows of all partitions."""
+    return sorted({start for part in parts for start in part.windows(count, until)}, reverse=True)[:count]
+
+
+def _look_into(table: TableFacts, parts: Sequence[HeldTable], starts: Sequence[int], after: Place | None, words: list[str],
+               most: int) -> _Look:  # fmt: skip
+    """Into the windows of ``starts`` from the newest; the last is only there to tell that there is one more."""
+    rows: list[_Found] = []
+    for start in starts[:_SLICE_WINDOWS]:
+        prefix = window_prefix(start)
+        begin = prefix + after.key + b"\x00" if after is not None and -start == after.window else prefix
+        rows += _first(parts, -start, begin, prefix + CHUNK, len(prefix), most - len(rows))
+        if len(rows) >= most:
+            return _Look(rows, _matching(table, [row.place.key for row in rows], words), rows[-1].place)
+    more = len(starts) > _SLICE_WINDOWS
+    # Behind every key of the last window that was looked into: no group key begins with 0xFF.
+    last = Place(-starts[_SLICE_WINDOWS - 1], CHUNK) if more else None
+    return _Look(rows, _matching(table, [row.place.key for row in rows], words), last)
 
 
 def cut_off(rows: list[T], places: Sequence[Place], cuts: Sequence[Place], limit: int) -> tuple[list[T], Place | None]:
-    """Of sorted ``rows`` those that are sure to be in the right order, at most ``limit``, and up to where they reach."""
+    """Of sorted ``rows`` from several workers those that are sure to be in the right order, at most ``limit``, and up to
+    where they reach. ``cuts``: up to where each of them had looked."""
     complete_to = min(cuts, default=None)
     if complete_to is not None:
         rows = rows[: bisect_right(places, complete_to)]
     if len(rows) > limit:
         rows, complete_to = rows[:limit], places[limit - 1]
     return rows, complete_to
-
-
-def _windowed(table: TableFacts, part: HeldTable, after: Place | None, words: list[str],
-              only: int | None) -> Iterator[_Found | Place]:  # fmt: skip
-    """Rows in order; of those that do not match, the place."""
-    assert table.plan is not None
-    newest = -after.window if after is not None else None
-    starts = part.windows(limits.WEB_SCAN_ROWS_MAX, newest) if only is None else [only]
-    for start in starts:
-        prefix = window_prefix(start)
-        begin = prefix
-        if after is not None and -start <= after.window:
-            if -start < after.window:
-                continue
-            begin = prefix + after.key + b"\x00"
-        scan = part.scan(begin, prefix + CHUNK)
-        while rows := list(islice(scan, limits.WEB_SLICE_ROWS)):
-            good = _matching(table, [key[8:] for key, _ in rows], words)
-            for (key, value), match in zip(rows, good, strict=True):
-                place = Place(-start, key[8:])
-                yield _Found(place, key, value, part.partition) if match else place
 
 
 def _matching(table: TableFacts, keys: Sequence[bytes], words: list[str]) -> list[bool]:
@@ -149,7 +179,16 @@ def _matching(table: TableFacts, keys: Sequence[bytes], words: list[str]) -> lis
     return [matches(words, names, [column[at] for column in columns]) for at in range(len(keys))]
 
 
-def _shown(table: TableFacts, found: Sequence[_Found]) -> list[tuple[Place, dict[str, Any]]]:
+async def _shown(table: TableFacts, found: Sequence[_Found]) -> list[tuple[Place, dict[str, Any]]]:
+    """`_decoded`, with a breath now and then."""
+    shown = []
+    for at in range(0, len(found), limits.WEB_SLICE_ROWS):
+        shown += _decoded(table, found[at : at + limits.WEB_SLICE_ROWS])
+        await asyncio.sleep(0)
+    return shown
+
+
+def _decoded(table: TableFacts, found: Sequence[_Found]) -> list[tuple[Place, dict[str, Any]]]:
     """Rows as users know them; those that a filter after the aggregation hides are left out."""
     shown = []
     frame = table.rows.results((row.key, row.value) for row in found)
@@ -168,7 +207,7 @@ def one_row(table: TableFacts, part: HeldTable, key: bytes) -> dict[str, Any]:
                               "partition": part.partition, "window": None}  # fmt: skip
     value = part.get(key)
     if value is not None:
-        for _, entry in _shown(table, [_Found(Place(0, b""), key, value, part.partition)]):
+        for _, entry in _decoded(table, [_Found(Place(0, b""), key, value, part.partition)]):
             answer |= entry
     return answer
 
@@ -183,7 +222,7 @@ async def window_sums(inspector: Inspector, table: TableFacts, *, column: str | 
 
     Rows are decoded slice by slice with a breath in between, so two windows may be of different epochs.
     """
-    newest = sorted({at for part in inspector.held(table).values() for at in part.windows(limit + 1)}, reverse=True)
+    newest = _newest(list(inspector.held(table).values()), limit + 1, None)
     starts, told, done, left = newest[:limit], [], 0, limits.WEB_SCAN_ROWS_MAX
     while done < len(starts):
         rows, whole = _slice(list(inspector.held(table).values()), starts[done:], left)
@@ -229,25 +268,25 @@ def _sums(frame: pl.DataFrame, column: str | None) -> list[dict[str, Any]]:
 # ---- tables of per-record agents
 
 
-def object_page(held: Sequence[HeldTable], *, after: Place | None, limit: int, words: list[str]) -> Page:
+async def object_page(
+    inspector: Inspector, table: TableFacts, *, after: Place | None, limit: int, words: list[str]
+) -> Page:
     """As `window_page`, of an `app.Table`, in the order of packed keys."""
-    found: list[_Found] = []
-    cuts: list[Place] = []
-    for part in held:
-        mine, cut = _take(_objects(part, after, words), limit, limits.WEB_SCAN_ROWS_MAX // len(held))
-        found += mine
-        cuts += [cut] if cut is not None else []
-    found.sort()
-    found, complete_to = cut_off(found, [row.place for row in found], cuts, limit)
-    rows = [(row.place, {"row": _object(row.key, row.value), "partition": row.partition}) for row in found]
-    return Page(rows, complete_to)
+
+    def look(place: Place | None, most: int) -> _Look:
+        start = b"" if place is None else place.key + b"\x00"
+        rows = _first(list(inspector.held(table).values()), 0, start, None, 0, most)
+        fits = [not words or matches(words, ["key"], [_spelt_key(row.key)]) for row in rows]
+        return _Look(rows, fits, rows[-1].place if len(rows) == most else None)
+
+    found, complete_to = await _page(look, after, limit)
+    return Page(
+        [(row.place, {"row": _object(row.key, row.value), "partition": row.partition}) for row in found], complete_to
+    )
 
 
-def _objects(part: HeldTable, after: Place | None, words: list[str]) -> Iterator[_Found | Place]:
-    for key, value in part.scan(after.key + b"\x00" if after is not None else b""):
-        place = Place(0, key)
-        match = not words or matches(words, ["key"], [encode(plain(unpack_key(key))).decode().casefold()])
-        yield _Found(place, key, value, part.partition) if match else place
+def _spelt_key(key: bytes) -> str:
+    return encode(plain(unpack_key(key))).decode()
 
 
 def _object(key: bytes, value: bytes, *, whole: bool = False) -> dict[str, Any]:

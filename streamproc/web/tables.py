@@ -46,12 +46,14 @@ class Tables:
         if table.kind == "windowed":
             only = question.time("window_start")
         question.done()
-        held = list(self._inspector.held(table).values())
         place = read_place(after)
         if table.kind == "windowed":
-            page = window_page(table, held, after=place, limit=limit, words=tokens(q), window_start=only)
+            page = await window_page(
+                self._inspector, table, after=place, limit=limit, words=tokens(q), window_start=only
+            )
         else:
-            page = object_page(held, after=place, limit=limit, words=tokens(q))
+            page = await object_page(self._inspector, table, after=place, limit=limit, words=tokens(q))
+        held = list(self._inspector.held(table).values())
         mine = {"rows": [{"place": str(at), **row} for at, row in page.rows],
                 "next": None if page.complete_to is None else str(page.complete_to)}  # fmt: skip
         asked = {"limit": str(limit), "after": after, "q": q, "window_start": only}

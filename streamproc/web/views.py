@@ -61,7 +61,7 @@ class Views:
         router = server.router
         for path, answer in self._answers().items():
             router.add_get(path, self._json(answer))
-        router.add_get("/api/events", self._live)
+        router.add_get("/api/events", self._live.stream)
         router.add_get("/api/{unknown:.*}", self._json(_unknown))
         router.add_get(f"{PAGES}/static/{{file}}", self._static)
         for path in ("", "/", "/tables/{name}", "/side"):

@@ -162,6 +162,22 @@ class SinkContract:
 
         play(scenario)
 
+    def test_a_forgotten_ledger_is_gone_and_the_rows_and_other_ledgers_stay(self, place: SinkPlace) -> None:
+        async def scenario() -> None:
+            shape = shape_of()
+            rows = {("DE", 0): (2, 3.5)}
+            async with opened(place.sink(), shape) as writer, opened(place.sink(), shape, partition=1) as other:
+                assert not await writer.forget()
+                await writer.apply(changed(shape, rows), held=None, moved=at(1))
+                await other.apply(None, held=None, moved=at(2))
+                assert await writer.forget()
+                assert await writer.read() is None
+                assert await other.read() == at(2)
+                assert await place.rows(shape) == expected(shape, rows)
+                await writer.apply(None, held=None, moved=at(0, log_id="new"))
+
+        play(scenario)
+
     def test_rows_and_ledger_move_together(self, place: SinkPlace) -> None:
         async def scenario() -> None:
             shape = shape_of()

@@ -93,6 +93,23 @@ class TopicsContract:
 
         play(open_transport, scenario)
 
+    def test_a_deleted_topic_is_gone_with_its_records_and_can_be_made_anew(self, open_transport: OpenTransport) -> None:
+        async def scenario(log: OpenLog) -> None:
+            gone = await new_topic(log.transport, partitions=2, cleanup_policy="compact")
+            stays = await new_topic(log.transport)
+            await log.transport.send({TopicPartition(gone, 1): some("a"), TopicPartition(stays, 0): some("b")})
+            await log.transport.delete_topics([gone, unique("missing")])
+            assert await log.transport.partitions(gone) is None
+            assert await read_values(log.transport, TopicPartition(stays, 0)) == ["b"]
+            await log.transport.create_topics([TopicSpec(gone, 3)])
+            assert await read_values(log.transport, TopicPartition(gone, 1)) == []
+            await log.transport.send({TopicPartition(gone, 1): some("c")})
+            transport = await log.reopen()
+            assert await transport.partitions(gone) == 3
+            assert await read_values(transport, TopicPartition(gone, 1)) == ["c"]
+
+        play(open_transport, scenario)
+
 
 class RecordsContract:
     def test_send_returns_the_last_offset_of_each_partition(self, open_transport: OpenTransport) -> None:
@@ -479,12 +496,16 @@ class MembershipContract:
         async def scenario(log: OpenLog) -> None:
             topic = await new_topic(log.transport, partitions=3)
             everything = frozenset(TopicPartition(topic, p) for p in range(3))
-            member, membership = Member(), log.transport.membership(unique("group"))
+            group = unique("group")
+            assert await log.transport.members(group) == 0
+            member, membership = Member(), log.transport.membership(group)
             await membership.start([topic], member.listener)
             await eventually(lambda: member.holds() == everything)
             assert membership.assignment() == everything
             assert await membership.confirm()
+            assert await log.transport.members(group) == 1
             await membership.stop()
+            assert await log.transport.members(group) == 0
             assert member.told[-1][:2] == ("revoked", everything)
             assert membership.assignment() == frozenset()
             assert not await membership.confirm()

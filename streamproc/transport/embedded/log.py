@@ -103,8 +103,8 @@ class Log:
         if not partition.begin <= position <= partition.next:
             raise LogLost(
                 f"Position {position} of {tp.topic}[{tp.partition}] is out of range: the log holds "
-                f"{partition.begin} to {partition.next}. Records were deleted before they were read; choose a new "
-                "position with `streamproc reset`."
+                f"{partition.begin} to {partition.next}. Records were deleted before they were read; start anew "
+                "with what is left by `streamproc reset MODULE`."
             )
         pieces: list[bytes] = []
         size, last, cut = 0, -1, False

@@ -89,7 +89,7 @@ class Topics:
         if found is None:
             raise UserError(
                 f"The embedded log {self._file.path} has no {tp.topic}[{tp.partition}].",
-                remedy="Declare the topic in the app, or make it with `streamproc topics`.",
+                remedy="Declare the topic in the app, or make it with `streamproc topics MODULE --create`.",
             )
         return found
 
@@ -100,7 +100,7 @@ class Topics:
         if missing := sorted(set(topics) - set(self._counts)):
             raise UserError(
                 f"The embedded log {self._file.path} has no topic {', '.join(map(repr, missing))}.",
-                remedy="Declare the topic in the app, or make it with `streamproc topics`.",
+                remedy="Declare the topic in the app, or make it with `streamproc topics MODULE --create`.",
             )
 
     def create(self, specs: Sequence[TopicSpec]) -> None:

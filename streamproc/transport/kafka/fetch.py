@@ -303,8 +303,8 @@ class KafkaFetcher:
             reading,
             LogLost(
                 f"{tp.topic}[{tp.partition}] is to be read from offset {reading.position}, but the log holds "
-                f"{begin} to {end}: {gap} offsets are missing. Raise the topic's retention, or, to go on without them, "
-                "run `streamproc reset`."
+                f"{begin} to {end}: {gap} offsets are missing. Raise the topic's retention, or, to start anew with what "
+                "is left, run `streamproc reset MODULE`."
             ),
         )
 

@@ -77,7 +77,7 @@ class KafkaMembership:
             if await self._partitions(topic) is None:
                 raise UserError(
                     f"Topic {topic!r} does not exist, so group {self._group!r} cannot read it.",
-                    remedy="Create it (`streamproc topics`), or correct its name.",
+                    remedy="Create it (`streamproc topics MODULE --create`), or correct its name.",
                 )
         self._listener = listener
         self._failure = asyncio.get_running_loop().create_future()

@@ -255,7 +255,7 @@ class Wire:
                 raise UserError(
                     f"Topic {tp.topic!r} has no partition {tp.partition} on {', '.join(self.addresses)} "
                     f"({name_of(code)}).",
-                    remedy="Create it (`streamproc topics`), or correct its name.",
+                    remedy="Create it (`streamproc topics MODULE --create`), or correct its name.",
                 )
 
     def _running(self) -> Any:

@@ -81,18 +81,28 @@ export function time(ms) {
   return text.endsWith(":00.000") ? text.slice(0, -7) : text.endsWith(".000") ? text.slice(0, -4) : text;
 }
 
+// A sink's name where there is no room for its whole address: redis…/0, postgres…/public.
+export function brief(name) {
+  const parts = name.match(/^(\w+):\/\/(.*)$/);
+  if (!parts || name.length <= 17) return name;
+  const path = parts[2].split("/").filter(Boolean);
+  const last = path.slice(-2).join("/");
+  return parts[1] === "unix" ? last : `${parts[1].replace("postgresql", "postgres")}…/${path.at(-1)}`;
+}
+
+export const count = (amount, word) => `${short(amount)} ${word}${amount === 1 ? "" : "s"}`;
 export const badge = (text, kind) => h("span", { class: `badge ${kind}` }, text);
 export const stateBadge = (state) => badge(state, { open: "live", closed: "warn", final: "calm" }[state] ?? "calm");
 
 // A table that scrolls sideways on its own, reachable by keyboard. Columns: {title, cell, number}.
-export function grid(label, columns, rows, empty) {
+export function grid(label, columns, rows, empty, style = "") {
   if (!rows.length) return h("p", { class: "empty" }, empty);
   const head = h("tr", {}, columns.map((column) => h("th", { scope: "col", class: column.number && "number" }, column.title)));
   const body = rows.map((row) => h("tr", { class: row.tone }, columns.map((column, at) => {
     const cell = column.cell(row);
     return h(at === 0 ? "th" : "td", { scope: at === 0 && "row", class: column.number && "number" }, cell ?? "–");
   })));
-  return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label },
+  return h("div", { class: `scroll ${style}`, tabindex: "0", role: "region", "aria-label": label },
     h("table", {}, h("caption", { class: "hidden" }, label), h("thead", {}, head), h("tbody", {}, body)));
 }
 

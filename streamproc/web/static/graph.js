@@ -1,7 +1,7 @@
 // The pipeline as SVG: columns by distance from the source, rows in the order of declaration.
-import { s } from "./dom.js";
+import { brief, s } from "./dom.js";
 
-const WIDTH = 158, HEIGHT = 62, ACROSS = 44, DOWN = 18;
+const WIDTH = 153, HEIGHT = 62, ACROSS = 34, DOWN = 18;
 
 export function graph(data, metric, link) {
   const depth = depths(data);
@@ -39,9 +39,9 @@ function box(node, [x, y], metric, href) {
   const content = [
     s("title", {}, [node.kind, node.label, node.detail, metric].filter(Boolean).join(" · ")),
     s("rect", { width: WIDTH, height: HEIGHT, rx: 8 }),
-    s("text", { class: "kind", x: 12, y: 17 }, fit(node.kind === "step" ? node.detail : [node.kind, node.detail].filter(Boolean).join(" · "), 27)),
-    s("text", { class: "label", x: 12, y: 35 }, fit(node.label, 18)),
-    s("text", { class: "metric", x: 12, y: 52 }, fit(metric, 25)),
+    s("text", { class: "kind", x: 12, y: 17 }, fit(node.detail || node.kind, 23)),
+    s("text", { class: "label", x: 12, y: 35 }, fit(node.kind === "sink" ? brief(node.label) : node.label, 17)),
+    s("text", { class: "metric", x: 12, y: 52 }, fit(metric, 22)),
   ];
   const group = { class: `node ${node.kind}`, transform: `translate(${x} ${y})` };
   return href ? s("a", { ...group, href }, content) : s("g", group, content);

@@ -28,7 +28,7 @@ function section(topic) {
     h("h2", {}, topic.topic, " ", h("small", {}, `${topic.kind} of ${topic.of}`)),
     topic.records.length ? reasons(topic) : null,
     grid(topic.topic, late ? lateColumns() : deadColumns(), topic.records,
-      late ? "Nothing was late: every record came before its window was final." : "No dead letters: every record could be read and met its expectations."));
+      late ? "Nothing was late: every record came before its window was final." : "No dead letters: every record could be read and met its expectations.", "tall"));
 }
 
 function reasons(topic) {

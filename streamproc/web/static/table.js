@@ -1,8 +1,8 @@
 // One table: a chart over its windows, the windows, and its rows.
-import { badge, grid, h, number, read, show, stateBadge, time } from "./dom.js";
+import { badge, count, grid, h, number, read, show, stateBadge, time } from "./dom.js";
 import { chart } from "./chart.js";
 
-const SHOWN = 100;
+const SHOWN = 50;
 
 export function tablePage(main, live, name) {
   return new TablePage(main, name).update;
@@ -19,7 +19,8 @@ class TablePage {
     this.parts = { about: h("p", { class: "about" }), problem: h("div"), controls: h("div", { class: "controls" }), chart: h("div", { class: "chart-box" }),
       windows: h("div"), rows: h("div"), pager: h("div", { class: "pager" }) };
     const { about, problem, controls, chart: drawing, windows, rows, pager } = this.parts;
-    drawing.addEventListener("click", this.onchart);
+    drawing.addEventListener("click", this.onwindow);
+    windows.addEventListener("click", this.onwindow);
     pager.addEventListener("click", this.onpager);
     main.append(h("h1", {}, name), about, problem, controls);
     this.windowed = h("section", {}, drawing, h("details", {}, h("summary", {}, "Windows as a table"), windows));
@@ -127,12 +128,15 @@ class TablePage {
       : h("p", { class: "empty" }, answer.reached !== null ? "One window has too many rows to add up here; filter by a key or read it by its rows."
         : this.choice.q ? "No row's key holds this text." : "No window has rows yet: rows come with the first commit that holds one."));
     show(this.parts.windows, grid("Windows", [
-      { title: "Window", cell: (one) => time(one.window_start) },
+      { title: "Window", cell: (one) => h("button", { type: "button", class: "plain", "data-start": one.window_start,
+        "aria-pressed": String(one.window_start === this.choice.window) }, time(one.window_start)) },
       { title: "End", cell: (one) => time(one.window_end) },
       { title: "State", cell: (one) => stateBadge(one.state) },
       { title: "Rows", number: true, cell: (one) => number(one.rows) },
       { title: label, number: true, cell: (one) => number(value(one)) },
-    ], windows, "No windows."));
+    ], windows, "No windows.", "tall"));
+    if (!this.drawn && points.length) this.parts.chart.scrollLeft = this.parts.chart.scrollWidth; // the newest, where it is narrow
+    this.drawn ||= points.length > 0;
   }
 
   hint(combined, many) {
@@ -151,11 +155,11 @@ class TablePage {
     const turn = (text, act, possible) => h("button", { type: "button", "data-act": act, disabled: !possible }, text);
     this.next = answer.next;
     show(this.parts.pager, turn("Newer", "newer", pages.length > 1), turn("Older", "older", answer.next !== null),
-      h("span", {}, `${answer.rows.length} rows${pages.length > 1 ? `, page ${pages.length}` : ""}`),
+      h("span", {}, `${count(answer.rows.length, "row")}${pages.length > 1 ? `, page ${pages.length}` : ""}`),
       window === null ? null : [badge(`window ${time(window)}`, "calm"), turn("All windows", "all", true)]);
   }
 
-  onchart = (event) => {
+  onwindow = (event) => {
     const start = event.target.dataset?.start;
     if (start === undefined) return;
     this.choose({ window: Number(start) === this.choice.window ? null : Number(start), pages: [null] });
