@@ -30,7 +30,7 @@ TOPIC_RECORDS_MAX: Final = 10_000
 PARENT_CHECK_S: Final = 1.0
 
 
-@app.task  # type: ignore[untyped-decorator]
+@app.task
 async def follow_parent() -> None:
     """The demo that started this worker may be killed without a word; nothing of it is to be left running."""
     parent = os.environ.get("STREAMPROC_DEMO_PARENT")

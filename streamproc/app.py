@@ -63,6 +63,11 @@ sys.excepthook = _excepthook
 class Worker(faust.Worker):
     """Faust's worker that ends with a message, not a traceback, when it stops for a reason we can name."""
 
+    def __init__(self, app: faust.App, *services: Any, **options: Any) -> None:
+        # Faust's command line asks for it always, whatever the setting says.
+        options["redirect_stdouts"] = app.conf.worker_redirect_stdouts
+        super().__init__(app, *services, **options)
+
     async def start(self) -> None:
         try:
             await super().start()
@@ -238,6 +243,11 @@ class App(faust.App):
     def in_transaction(self) -> bool:
         """Whether Faust's own transactions run: never, also if the environment asks for them."""
         return False
+
+    async def on_start(self) -> None:
+        """Before any service."""
+        await super().on_start()
+        self.runtime.warm_up(pipelines=bool(self.declaration.sources))
 
     # ---- what the runtime asks
 

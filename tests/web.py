@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
+from yarl import URL
 
 from demo.data import make_feed
 from demo.feed import write_feed
@@ -69,7 +70,7 @@ def load_agent(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> App:
     app: App = importlib.reload(importlib.import_module(f"agents.{name}")).app
     app.conf.datadir = folder / "state"
     app.conf.web_port = free_port()
-    app.conf.canonical_url = f"http://127.0.0.1:{app.conf.web_port}"
+    app.conf.canonical_url = URL(f"http://127.0.0.1:{app.conf.web_port}")
     app.conf.topic_disable_leader = True
     app.commit_interval_s = 0.05
     return app

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import click
 
@@ -19,6 +19,10 @@ from streamproc.runtime.topology import Group
 from streamproc.transport.contract import PartitionOffsets, Transport
 
 __all__ = ["lag"]
+
+
+LAG_COUNTED_MAX: Final = 10_000
+"""Beyond this many offsets the distance is told as it is."""
 
 
 class Standing(NamedTuple):
@@ -67,11 +71,20 @@ async def _of_task(transport: Transport, group: Group, number: int) -> Sequence[
             position = record.positions.get(agent, {}).get(tp_name(tp)) if record is not None else None
             # Bounded input ends where it ended at the first start, whatever came after.
             end = record.ends.get(tp_name(tp), ends.stable) if record is not None else ends.stable
-            behind = max(0, end - max(position or 0, ends.begin))
+            behind = await _behind(transport, tp, max(position or 0, ends.begin), end)
             found.append(
                 Standing(TaskId(plan.name, number), agent, tp, position, end, behind, record.epoch if record else 0)
             )
     return found
+
+
+async def _behind(transport: Transport, tp: TopicPartition, position: int, end: int) -> int:
+    """Records from ``position`` to ``end``. Of a short distance they are counted: the end of a transaction takes an
+    offset of its own, and who has read everything would seem to lag."""
+    distance = max(0, end - position)
+    if not 0 < distance <= LAG_COUNTED_MAX:
+        return distance
+    return sum([len(batch) async for batch in transport.read(tp, Offset(position), Offset(end))])
 
 
 async def _record(transport: Transport, group: Group, number: int) -> CommitRecord | None:

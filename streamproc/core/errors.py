@@ -13,6 +13,7 @@
     │   └── RestoreNeeded       the local store does not fit the log
     └── WorkerFailure       nothing this worker can mend: it stops and says what to do
         ├── UserError           a wrong setting, plan, schema or column: fact, place in the user's file, remedy
+        │   └── RowRefused          a row that no table can hold; if an agent wrote it, its record is set aside instead
         ├── LogLost             the log is behind what was committed or applied: data was lost outside of us
         └── InvariantBroken     a bug of ours
 
@@ -30,6 +31,7 @@ __all__ = [
     "ProduceRefused",
     "ProducerFenced",
     "RestoreNeeded",
+    "RowRefused",
     "Retryable",
     "SinkUnavailable",
     "StreamprocError",
@@ -102,6 +104,11 @@ class UserError(WorkerFailure):
     def __init__(self, fact: str, *, remedy: str, where: str | None = None) -> None:
         super().__init__(f"{where + ': ' if where else ''}{fact} {remedy}")
         self.fact, self.remedy, self.where = fact, remedy, where
+
+
+class RowRefused(UserError):
+    """A table's key or value that cannot be stored. What an agent writes may come from a record, and one record must not
+    stop a worker: the agents' task finds it and sets it aside."""
 
 
 class LogLost(WorkerFailure):

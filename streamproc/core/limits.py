@@ -145,3 +145,5 @@ WEB_SEND_TIMEOUT_S: Final = 10.0
 """How long a live page may take to read an event before it is given up."""
 WEB_PATIENCE_S: Final = 0.5
 """How long an answer waits for the broker before it gives the last facts it has."""
+WARM_UP_QUIET_S: Final = 2.0
+"""How long loading the compiled kernels may take before the log says that they are being compiled."""

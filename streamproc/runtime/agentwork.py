@@ -13,13 +13,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from streamproc.commit.record import CommitRecord, tp_name
 from streamproc.core import limits
 from streamproc.core.batch import RawBatch
 from streamproc.core.clock import Clock
-from streamproc.core.errors import BarrierTimeout, StreamprocError, UserError
+from streamproc.core.errors import BarrierTimeout, RowRefused, StreamprocError, UserError
 from streamproc.core.types import Offset, TopicPartition
 from streamproc.operators.side import side_record
 from streamproc.operators.source import Counters
@@ -65,6 +65,16 @@ class Trouble:
     suspects: dict[tuple[str, TopicPartition], Suspect] = field(default_factory=dict)
     careful: dict[tuple[str, TopicPartition], int] = field(default_factory=dict)
     """Records below this offset run one an epoch: one of them wrote what the broker refused."""
+
+
+class Turn(NamedTuple):
+    """The record that an epoch holds alone."""
+
+    tp: TopicPartition
+    offset: int
+    """Its own: the committed position may lie before it, across a gap."""
+    set_aside: bool
+    """It was not run: the epoch holds its dead letter."""
 
 
 @dataclass
@@ -267,7 +277,7 @@ class AgentWork(Work):
         self._all_idle = asyncio.Event()
         self._solo: Instance | None = None
         """Has a record to run alone: nothing else is handed out until that one is through."""
-        self._solo_ran = False
+        self._turn: Turn | None = None
         self._counters, self._uncommitted = Counters(), Counters()
         self._output_bytes = 0
 
@@ -278,7 +288,7 @@ class AgentWork(Work):
         self._kill()
         self.overlays, self._outputs, self._output_bytes = overlays, {}, 0
         self._committed = record.positions
-        self._gate, self._solo, self._solo_ran, self.wants_commit = True, None, False, False
+        self._gate, self._solo, self._turn, self.wants_commit = True, None, None, False
         self._uncommitted = Counters()
         speakers: set[str] = set()
         for spec in self.specs:
@@ -335,8 +345,9 @@ class AgentWork(Work):
         failure, self.failure = self.failure, None
         if failure is None:
             return
-        if isinstance(failure, StreamprocError) or not isinstance(failure, Exception):
-            raise failure  # ours by its kind (a broker that is down, a damaged store): no record is to blame
+        ours = isinstance(failure, StreamprocError) and not isinstance(failure, RowRefused)
+        if ours or not isinstance(failure, Exception):
+            raise failure  # a broker that is down, a damaged store, a wrong setting: no record is to blame
         instance = self._failed
         try:
             batch, row = instance.record()
@@ -354,17 +365,18 @@ class AgentWork(Work):
         self._trouble.suspects[agent, tp] = Suspect(offset, failures, reason)
 
     def refused(self, reason: str) -> bool:
-        """The broker refused the epoch: find the record by running them one an epoch, then treat it as failed."""
+        """The broker, or a table, refused the epoch: find the record by running them one an epoch, then treat it as failed."""
+        if self._solo is not None and (turn := self._turn) is not None:
+            if turn.set_aside:
+                return False  # it was the dead letter that is refused
+            self._suspect(self._solo.spec.name, turn.tp, turn.offset, reason)
+            return True
         found = False
         for instance in self._instances:
             for tp, position in instance.positions.items():
                 before = self._committed[instance.spec.name][tp_name(tp)]
-                if position == before:
-                    continue
-                found = True
-                if self._solo is instance and self._solo_ran:
-                    self._suspect(instance.spec.name, tp, before, reason)
-                else:
+                if position != before:
+                    found = True
                     self._trouble.careful[instance.spec.name, tp] = position
         return found
 
@@ -415,8 +427,9 @@ class AgentWork(Work):
             self._solo = instance
             self._ask_commit()
             return 0
-        self._solo, self._solo_ran = instance, True
-        if suspect is not None and suspect.offset == offset and suspect.failures >= limits.RECORD_FAILURES_MAX:
+        hopeless = suspect is not None and suspect.offset == offset and suspect.failures >= limits.RECORD_FAILURES_MAX
+        self._solo, self._turn = instance, Turn(pending.batch.tp, offset, hopeless)
+        if hopeless and suspect is not None:
             instance.skip(pending, f"agent {instance.spec.name} failed {suspect.failures} times: {suspect.reason}")
             self._ask_commit()
             return 0
@@ -474,8 +487,8 @@ class AgentWork(Work):
 
     def release(self) -> None:
         self._gate, self.wants_commit = True, False
-        if self._solo_ran:  # else it is its turn now, before the others are busy again
-            self._solo, self._solo_ran = None, False
+        if self._turn is not None:  # else it is its turn now, before the others are busy again
+            self._solo = self._turn = None
         for instance in self._instances:
             if instance.runner is None:
                 self._start(instance)

@@ -50,6 +50,8 @@ class Committed:
     changes: Mapping[str, list[Change]]
     applied: Mapping[str, int] = field(default_factory=dict)
     """Changelog topic -> position behind this epoch's records."""
+    sent: Mapping[str, int] = field(default_factory=dict)
+    """Topic -> records written to it."""
 
 
 async def commit(parts: EpochParts, last: CommitRecord, *, starting: bool = False) -> Committed:
@@ -94,7 +96,7 @@ async def commit(parts: EpochParts, last: CommitRecord, *, starting: bool = Fals
         overlay.drop()
     work.committed(record)
     work.release()
-    return Committed(record, changes, applied)
+    return Committed(record, changes, applied, _counts(records))
 
 
 def _records(
@@ -107,6 +109,13 @@ def _records(
             records[target] = [OutRecord(*changelog.record(row, record.epoch, table=table.name)) for row in rows]
     records[parts.commits] = [OutRecord(parts.task.group.encode(), commit_record.encode(record))]
     return records
+
+
+def _counts(records: Mapping[TopicPartition, list[OutRecord]]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for tp, rows in records.items():
+        counts[tp.topic] = counts.get(tp.topic, 0) + len(rows)
+    return counts
 
 
 def _group_offsets(positions: Mapping[str, Mapping[str, int]]) -> dict[TopicPartition, Offset]:

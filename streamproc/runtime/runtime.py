@@ -18,10 +18,12 @@ from streamproc.core import limits
 from streamproc.core.clock import Clock
 from streamproc.core.errors import BrokerUnavailable, InvariantBroken, UserError, WorkerFailure
 from streamproc.core.types import Offset, TaskId, TopicPartition
+from streamproc.runtime.monitor import SensorFeed
 from streamproc.runtime.ownerwork import OwnerWork
 from streamproc.runtime.sourcework import SourceWork
 from streamproc.runtime.task import Task, TaskEnvironment
 from streamproc.runtime.topology import Group, internal_topics
+from streamproc.runtime.warm import warm_up
 from streamproc.state.contract import Store
 from streamproc.state.objects import ObjectOverlay
 from streamproc.transport.contract import Fetcher, GroupListener, Membership, TopicSpec, Transport
@@ -90,6 +92,8 @@ class Runtime(Service):
         self._without_key: dict[str, int] = {}
         self._runs: dict[TaskId, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[Any]] = set()
+        self._sensors = SensorFeed(app)
+        self._warm: asyncio.Future[None] | None = None
 
     # ---- the transport, shared with Faust's producer
 
@@ -105,6 +109,19 @@ class Runtime(Service):
             await transport.start()
             self._transport = transport
 
+    def warm_up(self, *, pipelines: bool) -> None:
+        """Begin to load the compiled kernels, beside everything else that a start does."""
+        self._warm = asyncio.get_running_loop().run_in_executor(None, partial(warm_up, pipelines=pipelines))
+
+    async def _warmed_up(self) -> None:
+        """Nothing is read before. Compiling must not hold up the heartbeats of a group: it is not joined before either."""
+        if self._warm is None:
+            return
+        _, late = await asyncio.wait({self._warm}, timeout=limits.WARM_UP_QUIET_S)
+        if late:
+            logger.warning("compiling for this machine, which is done once and may take a minute")
+        await self._warm
+
     async def close_transport(self) -> None:
         if self._transport is not None:
             await self._transport.stop()
@@ -112,10 +129,8 @@ class Runtime(Service):
 
     async def partition_count(self, topic: str) -> int:
         if topic not in self._partitions:
-            count = await self.transport.partitions(topic)
-            if count is None:
-                raise UserError(f"Topic {topic} does not exist.", remedy=_how_to_create(topic))
-            self._partitions[topic] = count
+            declared = (spec for spec in self.app.declared_topics() if spec.name == topic)
+            await self._require_topic(next(declared, TopicSpec(topic, 0)))
         return self._partitions[topic]
 
     def knows(self, topic: str) -> bool:
@@ -138,6 +153,8 @@ class Runtime(Service):
             return
         try:
             await self._prepare()
+            await self._warmed_up()
+            self._sensors.warn()
             ours = {topic for group in self.groups.values() for topic in group.plan.sources}
             self._membership = self.transport.membership(self.app.conf.id)
             listener = GroupListener(self._on_revoked, self._on_assigned)
@@ -153,6 +170,8 @@ class Runtime(Service):
             if spec.partitions or spec.name in read:
                 await self._require_topic(spec)
         groups = self.app.build_groups(self._partitions)
+        for group in groups:
+            await self._require_same_partitions(group)
         await self.transport.create_topics(internal_topics(groups))
         for spec in declared:
             if not self.knows(spec.name):  # perhaps a side output, which the groups have just made
@@ -161,6 +180,17 @@ class Runtime(Service):
         for name in self.groups:
             self._fetchers[name] = fetcher = self.transport.fetcher()
             self._spawn(self._pump(name, fetcher))
+
+    async def _require_same_partitions(self, group: Group) -> None:
+        """Sources must not have grown since the application first started, when the commits topic was made."""
+        plan = group.plan
+        had = await self.transport.partitions(plan.commits_topic)
+        if had is not None and had != plan.partitions:
+            raise UserError(
+                f"Topic {' and '.join(plan.sources)} had {had} partitions when {plan.app_id} first started and has "
+                f"{plan.partitions} now ({plan.commits_topic} has {had}).",
+                remedy="Keys have moved, so the state no longer fits: start under a new id, or `streamproc reset MODULE`.",
+            )
 
     async def _require_topic(self, spec: TopicSpec) -> None:
         if spec.partitions:
@@ -206,7 +236,7 @@ class Runtime(Service):
         for name, group in self.groups.items():
             env = TaskEnvironment(
                 group.plan, self.transport, self._member, self._fetchers[name], self.clock, self.app.open_store,
-                self.app.state_folder, group.make_work, self.app.conf.id,
+                self.app.state_folder, group.make_work, self.app.conf.id, self._sensors,
             )  # fmt: skip
             for partition in range(group.plan.partitions):
                 sources = {TopicPartition(topic, partition) for topic in group.plan.sources}
@@ -276,6 +306,7 @@ class Runtime(Service):
             except WorkerFailure as failure:
                 await self.app.crash(failure)
                 return
+            self._sensors.fetched(batch)
             task = self.tasks.get(TaskId(name, batch.tp.partition))
             if task is not None:
                 task.offer(batch)

@@ -212,6 +212,13 @@ class SinkFeed:
     # ---- while the task runs
 
     async def _run(self, wake: asyncio.Event) -> None:
+        try:
+            await self._feed(wake)
+        except Exception as failure:  # of any kind: a feed that dies unheard would hold its task for ever
+            self.failure = failure
+            wake.set()
+
+    async def _feed(self, wake: asyncio.Event) -> None:
         pause = limits.RETRY_BACKOFF_S
         while True:
             while not self._queue:
@@ -231,10 +238,6 @@ class SinkFeed:
                 pause = min(pause * 2, limits.RETRY_BACKOFF_S_MAX)
                 self._held = await self._reread() or self._held
                 continue
-            except Exception as failure:  # of any kind: a feed that dies unheard would hold its task for ever
-                self.failure = failure
-                wake.set()
-                return
             self.problem, pause = None, limits.RETRY_BACKOFF_S
             for _ in epochs:
                 self._queue.popleft()

@@ -94,7 +94,7 @@ class Topic(topics.Topic):
 
     def _into_epoch(self, instance: Instance, out: OutRecord, partition: int | None, count: int) -> None:
         if instance.overlays is not instance.work.overlays:
-            raise RuntimeError(f"Agent {instance.spec.name} was given up and can no longer send.")
+            raise RuntimeError(f"Agent {instance.spec.name} has no record in hand, or was given up: it cannot send.")
         at = _choose(out.key, partition, count, instance.work.partition % count)
         instance.work.send(TopicPartition(self.get_topic_name(), at), out)
 
@@ -103,7 +103,9 @@ class Topic(topics.Topic):
         given = self.prepare_headers(headers)
         raw_key, given = self.prepare_key(key, key_serializer, schema, given)
         raw_value, given = self.prepare_value(value, value_serializer, schema, given)
-        return OutRecord(raw_key, raw_value, header_pairs(given), None if timestamp is None else round(timestamp * 1000))
+        return OutRecord(
+            raw_key, raw_value, header_pairs(given), None if timestamp is None else round(timestamp * 1000)
+        )
 
     def prepare_key(self, key: Any, key_serializer: Any, schema: Any = None, headers: Any = None) -> tuple[Any, Any]:
         """Faust's; where it would take bytes only, anything else is its text, so that ``key=42`` is ``b"42"``."""
@@ -118,7 +120,9 @@ class Topic(topics.Topic):
         plain = self.schema is None or (self.schema.key_type is None and self.schema.key_serializer is None)
         return plain and self.app.conf.key_serializer in (None, "raw")
 
-    def prepare_value(self, value: Any, value_serializer: Any, schema: Any = None, headers: Any = None) -> tuple[Any, Any]:
+    def prepare_value(
+        self, value: Any, value_serializer: Any, schema: Any = None, headers: Any = None
+    ) -> tuple[Any, Any]:
         """By the Avro schema, if there is one; None is a tombstone then, and text (``faust send``) is the record's JSON."""
         if self.encoder is None or value_serializer is not None or schema is not None:
             return super().prepare_value(value, value_serializer, schema, headers)
@@ -167,7 +171,7 @@ def _record_of(text: str, topic: Topic) -> Any:
     except json.JSONDecodeError as broken:
         raise UserError(
             f"The value for {topic} is text and not the JSON of a record: {broken}.",
-            remedy=f"Its schema wants a record, such as {{\"{next(iter(topic.value_schema.root.fields)).name}\": …}}.",
+            remedy=f'Its schema wants a record, such as {{"{next(iter(topic.value_schema.root.fields)).name}": …}}.',
             where=topic.where,
         ) from broken
 

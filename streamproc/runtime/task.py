@@ -23,9 +23,18 @@ from streamproc.commit.record import CommitRecord, tp_name
 from streamproc.core import limits
 from streamproc.core.batch import RawBatch
 from streamproc.core.clock import Clock
-from streamproc.core.errors import BarrierTimeout, ProduceRefused, Retryable, TaskFailure, UserError, invariant
+from streamproc.core.errors import (
+    BarrierTimeout,
+    ProduceRefused,
+    Retryable,
+    RowRefused,
+    TaskFailure,
+    UserError,
+    invariant,
+)
 from streamproc.core.types import Offset, TaskId, TopicPartition
 from streamproc.runtime.epoch import Committed, EpochParts, commit
+from streamproc.runtime.monitor import CommitWatch
 from streamproc.runtime.sinkfeed import SinkFeed, open_feeds
 from streamproc.runtime.start import GroupPlan, Opened, StartParts, open_task
 from streamproc.runtime.work import AgentFailed, Work
@@ -72,6 +81,7 @@ class TaskEnvironment:
     folder: Path
     make_work: Callable[[int], Work]
     consumer_group: str
+    watch: CommitWatch
 
 
 @dataclass
@@ -174,7 +184,7 @@ class Task:
                 try:
                     await self._start()
                     await self._serve()
-                except (TaskFailure, Retryable, OSError) as failure:
+                except (TaskFailure, Retryable, RowRefused, OSError) as failure:
                     self._failures += 1
                     self._alike = self._alike + 1 if self._failed is type(failure) else 1
                     self._failed = type(failure)
@@ -287,7 +297,10 @@ class Task:
             work.release()
             return
         work.expire(min((feed.applied_epoch for feed in self.feeds), default=self.record.epoch))
-        self._note(await commit(self._parts, self.record))
+        begun = self.env.watch.begins()
+        done = await commit(self._parts, self.record)
+        self._note(done)
+        self.env.watch.committed(str(self.id), done, work.counters.records, begun)
         self._failures, self._failed = 0, None
 
     def _note(self, done: Committed) -> None:
@@ -325,10 +338,12 @@ class Task:
             await asyncio.gather(*(feed.close() for feed in feeds))
 
     def _give_up_if_hopeless(self, failure: BaseException) -> None:
-        if not isinstance(failure, ProduceRefused | BarrierTimeout):
+        if not isinstance(failure, ProduceRefused | RowRefused | BarrierTimeout):
             return
-        if isinstance(failure, ProduceRefused) and self.work is not None and self.work.refused(str(failure)):
+        if not isinstance(failure, BarrierTimeout) and self.work is not None and self.work.refused(_reason(failure)):
             return  # it will find the record that is to blame and set it aside
+        if isinstance(failure, RowRefused):
+            raise failure
         if isinstance(failure, ProduceRefused) and self._alike >= limits.REFUSED_EPOCHS_MAX:
             raise UserError(
                 f"The broker refused what task {self.id} writes to {failure.topic} {self._alike} times: {failure}",
@@ -352,3 +367,10 @@ class Task:
         if phase is not self.phase:
             invariant(phase in ALLOWED[self.phase], f"Task {self.id} went from {self.phase} to {phase}.")
             self.phase = phase
+
+
+def _reason(refused: ProduceRefused | RowRefused) -> str:
+    """For a dead letter: never the row itself, which may hold a user's data."""
+    return (
+        str(refused) if isinstance(refused, ProduceRefused) else f"it wrote a row that no table holds. {refused.remedy}"
+    )

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple, cast
 
 from streamproc.core import limits
 from streamproc.core.batch import Headers, RawBatch
-from streamproc.core.errors import UserError
+from streamproc.core.errors import RowRefused, UserError
 from streamproc.core.types import EpochNumber, Offset
 from streamproc.state.overlay import Change, Tombstone
 
@@ -51,12 +51,12 @@ class ChangelogRow(NamedTuple):
 
 
 def record(change: Change, epoch: int, *, table: str | None = None) -> Record:
-    """The record of one change; above `CHANGELOG_RECORD_BYTES_MAX` a `UserError` that names ``table`` and key."""
+    """The record of one change; above `CHANGELOG_RECORD_BYTES_MAX` a `RowRefused` that names ``table`` and key."""
     key, value, tombstone = change
     if value is None:
         return Record(key, None, _headers(epoch, tombstone or "delete"))
     if len(key) + len(value) > limits.CHANGELOG_RECORD_BYTES_MAX:
-        raise UserError(
+        raise RowRefused(
             f"A row of table {table or '(unnamed)'} is too large for its changelog: key {key[:80]!r} holds "
             f"{len(value):,} bytes, more than {limits.CHANGELOG_RECORD_BYTES_MAX:,}.",
             remedy="Spread what it holds over several keys, or keep less of it.",

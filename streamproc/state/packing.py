@@ -12,7 +12,7 @@ from typing import Any, Final
 import msgspec
 from msgspec.msgpack import Ext
 
-from streamproc.core.errors import UserError
+from streamproc.core.errors import RowRefused
 
 __all__ = ["pack_key", "pack_value", "unpack_key", "unpack_value"]
 
@@ -33,7 +33,7 @@ class _Refused(Exception):
 
 
 def pack_key(key: Any, table: str) -> bytes:
-    """Equal keys give equal bytes. `UserError` for what a key cannot be."""
+    """Equal keys give equal bytes. `RowRefused` for what a key cannot be."""
     if type(key) in _PLAIN_KEYS:
         try:
             return _encode(key)
@@ -47,7 +47,7 @@ def unpack_key(packed: bytes) -> Any:
 
 
 def pack_value(value: Any, table: str, key: Any) -> bytes:
-    """Equal objects of equal types give equal bytes, but for dicts' order. `UserError` for what no value can be."""
+    """Equal objects of equal types give equal bytes, but for dicts' order. `RowRefused` for what no value can be."""
     if type(value) in _PLAIN:
         try:
             return _encode(value)
@@ -69,7 +69,7 @@ def _packed(form: Callable[[Any], Any], thing: Any, table: str, name: str, key: 
         what, remedy = "text with lone surrogates", "Store the bytes instead."
     except RecursionError:
         what, remedy = "an object nested too deeply, or one that contains itself", "Store a flatter object."
-    raise UserError(f"Table {table}: {name} {key!r:.80} holds {what}, which cannot be stored.", remedy=remedy)
+    raise RowRefused(f"Table {table}: {name} {key!r:.80} holds {what}, which cannot be stored.", remedy=remedy)
 
 
 def _key(key: Any) -> Any:

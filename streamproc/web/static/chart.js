@@ -70,7 +70,8 @@ const axis = (start, size) => (size >= 86400000 ? time(start).slice(0, 10) : tim
 
 export function sparkline(values) {
   const width = 210, height = 30, high = Math.max(...values, 1);
-  const points = values.map((value, at) => `${(width - (values.length - 1 - at) * (width / 119)).toFixed(1)},${(height - 2 - (value / high) * (height - 4)).toFixed(1)}`);
+  const step = width / Math.max(values.length - 1, 29);
+  const points = values.map((value, at) => `${(width - (values.length - 1 - at) * step).toFixed(1)},${(height - 2 - (value / high) * (height - 4)).toFixed(1)}`);
   return s("svg", { viewBox: `0 0 ${width} ${height}`, width, height, class: "spark", "aria-hidden": "true" },
     s("line", { class: "rule", x1: 0, x2: width, y1: height - 1.5, y2: height - 1.5 }),
     s("polyline", { points: points.join(" ") }));

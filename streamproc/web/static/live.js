@@ -33,14 +33,14 @@ export class Live {
     for (const listener of this.listeners) listener(overview);
   }
 
-  // A task that starts anew counts from nought: what it had before is no negative rate.
+  // A task counts from nought whenever it starts: what it has when it is new here, or fewer than before, is all gained.
   measure(overview, before) {
     let gained = 0;
     for (const task of overview.tasks) {
       if (!readsSource(overview, task)) continue;
       const key = `${task.group}:${task.partition}`;
       const known = this.last.get(key);
-      if (known !== undefined && task.records >= known) gained += task.records - known;
+      if (before) gained += known !== undefined && task.records >= known ? task.records - known : task.records;
       this.last.set(key, task.records);
     }
     const seconds = before ? (overview.now - before.now) / 1000 : 0;

@@ -151,7 +151,7 @@ class TablePage {
       { title: "Partition", number: true, cell: (one) => one.partition },
     ];
     const { q, window, pages } = this.choice;
-    show(this.parts.rows, grid("Rows", columns, answer.rows, q || window !== null ? "No row fits what was chosen." : "No rows yet: the first comes with its first commit."));
+    show(this.parts.rows, grid("Rows", columns, answer.rows, answer.next !== null ? "No row fits among those looked at; Older looks further." : q || window !== null ? "No row fits what was chosen." : "No rows yet: the first comes with its first commit."));
     const turn = (text, act, possible) => h("button", { type: "button", "data-act": act, disabled: !possible }, text);
     this.next = answer.next;
     show(this.parts.pager, turn("Newer", "newer", pages.length > 1), turn("Older", "older", answer.next !== null),
