@@ -18,7 +18,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from time import thread_time
 from typing import Any, Final
 
 import msgspec
@@ -78,7 +77,7 @@ class MeasuredApp(sp.App):
         )
         self.told = told
         self._done = done
-        self._profile = cProfile.Profile(thread_time) if told.profile else None  # CPU: the machine may be shared
+        self._profile = cProfile.Profile() if told.profile else None
         if told.records:
             self.task(self._watch)
 

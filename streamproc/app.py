@@ -67,6 +67,8 @@ class Worker(faust.Worker):
         # Faust's command line asks for it always, whatever the setting says.
         options["redirect_stdouts"] = app.conf.worker_redirect_stdouts
         super().__init__(app, *services, **options)
+        if self.spinner is not None and not self.spinner.file.isatty():
+            self.spinner = None  # it would write escape codes between the lines of a log
 
     async def start(self) -> None:
         try:
@@ -121,7 +123,7 @@ class App(faust.App):
         self.failure: StreamprocError | None = None
         self.commit_interval_s = milliseconds(commit_interval, setting="commit_interval") / 1000
         self._schemas_folder = Path(schemas)
-        self._broker = broker
+        self._broker = _checked_url(broker)
         self._declared: dict[str, Topic] = {}
         self._web_token: str | None = options.pop("web_token", None)
         options.pop("processing_guarantee", None)  # always exactly once; Faust's own machinery for it must stay off
@@ -285,8 +287,8 @@ class App(faust.App):
                 session_timeout_s=self.conf.broker_session_timeout,
                 heartbeat_interval_s=self.conf.broker_heartbeat_interval,
             )  # fmt: skip
-        raise UserError(f"broker={';'.join(urls)!r} is not a log streamproc knows.",
-                        remedy="Write kafka://HOST:PORT or embedded://PATH.")  # fmt: skip
+        shown = ";".join(str(url.with_user(None)) if url.host else str(url) for url in self.conf.broker)
+        raise UserError(f"broker={shown!r} is not a log streamproc knows.", remedy=_BROKER_REMEDY)
 
     def _embedded_path(self, url: str) -> str:
         """The path as the user wrote it: a URL parser takes its first folder for a host and drops empty ones."""
@@ -364,6 +366,19 @@ class App(faust.App):
             bug = isinstance(reason, InvariantBroken)  # for which the report needs the trace
             logger.critical("streamproc stops: %s", reason, exc_info=reason if bug else None)
             signal.raise_signal(signal.SIGTERM)
+
+
+_BROKER_REMEDY = "Write kafka://HOST:PORT or embedded://PATH."
+
+
+def _checked_url(broker: str) -> str:
+    """``broker`` unless a part of it cannot be parsed. A URL may hold a password, so it is not shown."""
+    try:
+        for part in broker.split(";"):
+            URL(part)
+    except ValueError as error:
+        raise UserError(f"The broker's URL is none: {error}.", remedy=_BROKER_REMEDY, where=caller()) from error
+    return broker
 
 
 _OF_VALUES = frozenset({"schema", "key_type", "value_type", "key_serializer", "value_serializer"})

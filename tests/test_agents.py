@@ -12,6 +12,7 @@ import pytest
 
 from streamproc.core import limits
 from streamproc.core.errors import UserError
+from streamproc.core.types import Offset, TopicPartition
 from streamproc.transport.contract import OutRecord
 from tests.apps import log, new_app, read_all, running, until, write
 
@@ -221,3 +222,37 @@ def test_what_faust_offers_and_we_do_not_yet_is_refused_by_name(tmp_path: Path) 
     app = new_app(tmp_path)
     with pytest.raises(UserError, match="windowed tables of the per-record API"):
         app.Table("w", default=int).tumbling(60)
+
+
+def test_group_offsets_set_from_outside_stop_the_task_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "GROUP_OFFSETS_WAIT_S", 0.2)
+
+    def build() -> Any:
+        app = new_app(tmp_path)
+        counts = app.Table("counts", default=int)
+
+        @app.agent(app.topic("in", partitions=1), name="count")
+        async def count(stream: Any) -> None:
+            async for _ in stream:
+                counts["all"] += 1
+
+        return app
+
+    async def scenario() -> None:
+        await write(tmp_path, "in", 1, [(0, record(i)) for i in range(5)])
+        async with running(app := build()):
+            await until(lambda: committed(app, 5), "all five")
+        async with log(tmp_path) as transport:
+            outside = transport.producer("somebody")
+            await outside.fence()
+            await outside.send_offsets({TopicPartition("in", 0): Offset(2)}, "test")
+            await outside.end(commit=True)
+        await (app := build()).start()
+        await until(lambda: app.crashed, "the refusal")
+        assert "group test stands at offset 2 of in partition 0" in str(app.crash_reason)
+        assert "streamproc reset" in str(app.crash_reason)
+        await app.stop()
+
+    asyncio.run(scenario())

@@ -81,9 +81,7 @@ def test_a_missing_topic_ends_the_worker_within_seconds_with_the_way_to_make_it(
     tmp_path: Path, kafka: KafkaServer
 ) -> None:
     code = (HEAD + TOPIC.replace("partitions=2, ", "") + PLAN).replace('"events"', '"nowhere"')
-    began = time.monotonic()
-    told = last_words(tmp_path, code, BROKER=f"kafka://{kafka.bootstrap}")
-    assert time.monotonic() - began < 15
+    told = last_words(tmp_path, code, 20.0, BROKER=f"kafka://{kafka.bootstrap}")
     assert "Topic nowhere does not exist." in told
     assert "kafka-topics.sh --create --topic nowhere" in told
 
@@ -220,9 +218,11 @@ def test_a_broker_killed_under_load_and_back_again_loses_and_doubles_nothing(
             assert time.monotonic() < end, (len(found), out.read_text()[-5000:])
             time.sleep(1.0)
         assert found == expected
+        assert "cannot be reached; trying again" in out.read_text()
         assert stop_worker(worker) == 0, out.read_text()[-5000:]
     finally:
         worker.kill()
+    assert "Traceback" not in out.read_text()
     assert asyncio.run(sent()) == expected
 
     async def tables() -> tuple[dict[str, int], dict[str, int]]:

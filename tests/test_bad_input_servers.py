@@ -66,7 +66,7 @@ class Servers:
         try:
             async for key in client.scan_iter(match="{sums:*}:*:*"):
                 _, country, start = key.rsplit(":", 2)
-                in_redis[country, int(start)] = int(await client.hget(key, "n"))  # type: ignore[misc]
+                in_redis[country, int(start)] = int(await client.hget(key, "n") or 0)
         finally:
             await client.aclose()
         return in_postgres, in_redis

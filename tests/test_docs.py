@@ -41,7 +41,8 @@ from streamproc.state.memory import MemoryStore
 from streamproc.state.overlay import Change, Overlay
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ROOTS = ("streamproc", "agents", "benchmarks", "demo", "docs", "schemas", "tests")
 WAIT_S = 60.0
 
@@ -154,6 +155,16 @@ def test_messages_that_the_guide_explains_are_messages_of_the_code() -> None:
     messages = [spelt for spelt in re.findall(r"^\| [^|]*?`([^`]+)` \|", table, re.M) if "…" in spelt]
     assert len(messages) >= 6
     assert not [(spelt, part) for spelt in messages for part in spelt.split("…") if part.strip() not in code]
+
+
+def test_figures_of_the_readme_were_measured() -> None:
+    lines = [json.loads(line) for line in (ROOT / "benchmarks" / "results.jsonl").read_text().splitlines()]
+    measured = {
+        (of["name"], of["transport"], of["records_per_worker_cpu_s"], of["rss_mb"]) for of in lines if of["correct"]
+    }
+    shown = re.findall(r"^\| `(\w+)` \| (\w+) \| ([\d,]+) \| (\d+) MB \|$", README.read_text(), re.M)
+    assert shown
+    assert {(name, log.lower(), int(figure.replace(",", "")), int(mb)) for name, log, figure, mb in shown} <= measured
 
 
 def test_every_decision_has_its_page_in_the_list_and_every_section() -> None:
@@ -352,9 +363,6 @@ def until_orders(url: str, more_than: int, folder: Path, partitions: int = 2) ->
 
     until(enough, folder)
     return counted
-
-
-README = ROOT / "README.md"
 
 
 def line(start: str) -> list[str]:

@@ -27,7 +27,7 @@ MODULE = """
 import os
 import streamproc as sp
 
-app = sp.App("shop", broker="embedded://log", commit_interval="50ms", datadir="state")
+app = sp.App("shop", broker="embedded://log", commit_interval="50ms")
 words = app.topic("words", partitions=2)
 counts = app.Table("counts", default=int, help="how often")
 
@@ -46,7 +46,7 @@ async def count(stream):
 
 @app.task
 async def started():
-    print("datadir", app.conf.datadir.name, "port", app.conf.web_port, flush=True)
+    print("state in", app.conf.datadir.name, "port", app.conf.web_port, flush=True)
 
 
 @app.command()
@@ -146,13 +146,13 @@ def test_a_worker_started_again_on_its_datadir_goes_on(shop: Path) -> None:
 def test_settings_come_from_the_command_line_and_the_environment(shop: Path) -> None:
     port = free_port()
     worker = Worker(shop, "-A", "shop", "--datadir", "elsewhere", "worker", "--web-port", str(port))
-    assert worker.line_with("datadir") == f"datadir elsewhere port {port}\n"
+    assert worker.line_with("state in") == f"state in elsewhere port {port}\n"
     assert worker.stop()[0] == 0
     assert (shop / "elsewhere").is_dir()
     worker = Worker(
         shop, "-A", "shop", "worker", FAUST_DATADIR="third", WEB_PORT=str(port), BROKER_URL="embedded://other"
     )
-    assert worker.line_with("datadir") == f"datadir third port {port}\n"
+    assert worker.line_with("state in") == f"state in third port {port}\n"
     assert worker.stop()[0] == 0
     assert list(shop.glob("other*")), "the broker of the environment is the log that was used"
 
@@ -420,7 +420,7 @@ def test_channels_and_lists_are_streamed_in_tasks_and_by_agents_over_channels(tm
 
     async def scenario() -> None:
         async with running(app):
-            await until(app.runtime.ready.is_set, "the start, which empties every channel's queue as it does in Faust")
+            await until(lambda: 3 in seen, "the tasks: what is sent before has no subscriber, as in Faust")
             await channel.send(value="a")
             await other.send(value="b")
             await until(lambda: set(seen) == {1, 2, 3, "a", "b"}, "all of it")

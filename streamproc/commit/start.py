@@ -10,9 +10,9 @@ import msgspec
 
 from streamproc.commit.record import CommitRecord, tp_name, tp_of
 from streamproc.core.errors import LogLost, UserError, invariant
-from streamproc.core.types import NO_WATERMARK, TaskId, TopicPartition
+from streamproc.core.types import NO_WATERMARK, Offset, TaskId, TopicPartition
 
-__all__ = ["Declared", "Found", "first_record", "next_record", "require_fit", "topology_hash"]
+__all__ = ["Declared", "Found", "first_record", "least_positions", "next_record", "require_fit", "topology_hash"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,16 @@ def _require_positions(record: CommitRecord, declared: Declared, reset: str) -> 
                     remedy="Give it the name and topics it had, `@app.agent(topic, name=…)`, start under a new id, or "
                     f"`{reset}`.",
                 )
+
+
+def least_positions(positions: Mapping[str, Mapping[str, int]]) -> dict[TopicPartition, Offset]:
+    """Per source partition the least of its agents' positions: what the group's offsets are."""
+    least: dict[TopicPartition, Offset] = {}
+    for of in positions.values():
+        for name, position in of.items():
+            tp = tp_of(name)
+            least[tp] = Offset(min(position, least.get(tp, Offset(position))))
+    return least
 
 
 def first_record(declared: Declared, *, log_id: str, positions: Mapping[str, Mapping[TopicPartition, int]],

@@ -147,3 +147,5 @@ WEB_PATIENCE_S: Final = 0.5
 """How long an answer waits for the broker before it gives the last facts it has."""
 WARM_UP_QUIET_S: Final = 2.0
 """How long loading the compiled kernels may take before the log says that they are being compiled."""
+GROUP_OFFSETS_WAIT_S: Final = 5.0
+"""How long a starting task waits for the group's offsets to show what its commit record says."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from streamproc.commit import record as commit_record
 from streamproc.commit.record import CommitRecord
-from streamproc.commit.start import next_record
+from streamproc.commit.start import least_positions, next_record
 from streamproc.core.clock import Clock
-from streamproc.core.types import Offset, TaskId, TopicPartition
+from streamproc.core.types import TaskId, TopicPartition
 from streamproc.runtime.work import EpochOverlay, StateTable, Work
 from streamproc.state import changelog
 from streamproc.state.contract import Store, StoreMeta, Writes
@@ -75,7 +75,7 @@ async def commit(parts: EpochParts, last: CommitRecord, *, starting: bool = Fals
 
     # 3. Produce all of it and the group's offsets; every answer is checked, any failure leaves without EndTxn(commit).
     offsets = await parts.producer.produce(records)
-    await parts.producer.send_offsets(_group_offsets(positions), parts.group)
+    await parts.producer.send_offsets(least_positions(positions), parts.group)
 
     # 4. EndTxn. This is the commit.
     await parts.producer.end(commit=True)
@@ -116,13 +116,3 @@ def _counts(records: Mapping[TopicPartition, list[OutRecord]]) -> dict[str, int]
     for tp, rows in records.items():
         counts[tp.topic] = counts.get(tp.topic, 0) + len(rows)
     return counts
-
-
-def _group_offsets(positions: Mapping[str, Mapping[str, int]]) -> dict[TopicPartition, Offset]:
-    """Per source partition the least of its agents' positions."""
-    least: dict[TopicPartition, Offset] = {}
-    for of in positions.values():
-        for name, position in of.items():
-            tp = commit_record.tp_of(name)
-            least[tp] = Offset(min(position, least.get(tp, Offset(position))))
-    return least

@@ -10,11 +10,11 @@ from typing import Any
 
 from streamproc.commit import record as commit_record
 from streamproc.commit.record import CommitRecord
-from streamproc.commit.start import Declared, Found, first_record, require_fit
+from streamproc.commit.start import Declared, Found, first_record, least_positions, require_fit
 from streamproc.core import limits
 from streamproc.core.batch import RawBatch
 from streamproc.core.clock import Clock
-from streamproc.core.errors import ProducerFenced, TaskFailure
+from streamproc.core.errors import ProducerFenced, TaskFailure, UserError
 from streamproc.core.types import Offset, TaskId, TopicPartition
 from streamproc.runtime.work import StateTable
 from streamproc.state.contract import Store
@@ -79,6 +79,7 @@ class StartParts:
 
     task: TaskId
     group: GroupPlan
+    consumer_group: str
     transport: Transport
     membership: Membership
     producer: TaskProducer
@@ -121,6 +122,8 @@ async def open_task(parts: StartParts) -> Opened:
     for name, form in declared.tables.items():
         require_same(record.fingerprints.get(name), form, parts.group.app_id)
     await _require_same_fed(parts)
+    if not first:
+        await _require_group_offsets(parts, record)
 
     # 3. Open the store; of another history, ahead of the log or too old it is wiped.
     store = parts.open_store(parts.folder)
@@ -147,6 +150,27 @@ async def open_task(parts: StartParts) -> Opened:
         store.close()
         raise
     return Opened(record, store, dict(applied), first)
+
+
+async def _require_group_offsets(parts: StartParts, record: CommitRecord) -> None:
+    """The group's offsets went with the commit record in one transaction, so a difference that does not pass was made
+    from outside. An offset that is not there has expired and says nothing."""
+    committed = {tp: at for tp, at in least_positions(record.positions).items() if tp.topic in parts.group.sources}
+    began = parts.clock.monotonic_s()
+    while True:
+        found = await parts.transport.group_offsets(parts.consumer_group, list(committed))
+        differing = [tp for tp, at in found.items() if at != committed[tp]]
+        if not differing:
+            return
+        if parts.clock.monotonic_s() - began > limits.GROUP_OFFSETS_WAIT_S:
+            tp = differing[0]
+            raise UserError(
+                f"The group {parts.consumer_group} stands at offset {found[tp]} of {tp.topic} partition {tp.partition}, but "
+                f"task {parts.task} committed position {committed[tp]}: somebody has set the group's offsets.",
+                remedy="State and position belong together: set the offset back, or give both up with "
+                "`streamproc reset MODULE`.",
+            )
+        await parts.clock.sleep(limits.RETRY_BACKOFF_S)
 
 
 async def _require_same_fed(parts: StartParts) -> None:

@@ -207,8 +207,8 @@ class Task:
         env = self.env
         producer = env.transport.producer(f"{env.group.app_id}:{env.group.name}:{self.id.partition}")
         opened = await open_task(
-            StartParts(self.id, env.group, env.transport, env.membership(), producer, env.clock, env.open_store,
-                       env.folder / f"{env.group.name}-{self.id.partition}", self._restoring)
+            StartParts(self.id, env.group, env.consumer_group, env.transport, env.membership(), producer, env.clock,
+                       env.open_store, env.folder / f"{env.group.name}-{self.id.partition}", self._restoring)
         )  # fmt: skip
         self.store, self.record = opened.store, opened.record
         overlays = {table.name: table.overlay(opened.store) for table in env.group.tables}
