@@ -652,6 +652,33 @@ def test_a_task_that_waits_for_a_sink_at_its_start_closes_at_once(tmp_path: Path
     asyncio.run(scenario())
 
 
+def test_a_pipeline_and_an_agent_at_different_positions_of_one_topic_both_start_again(tmp_path: Path) -> None:
+    """Both send the group's offsets of that topic; what the group holds is the position of one of them."""
+
+    def build() -> App:
+        app = summing(tmp_path)
+        counts = app.Table("counts", default=int)
+
+        @app.agent(app.topic("events", value_schema="event.avsc", partitions=1), name="count")
+        async def count(stream: Any) -> None:
+            async for _ in stream:
+                await asyncio.sleep(0.01)
+                counts["all"] += 1
+
+        return app
+
+    async def scenario() -> None:
+        await write(tmp_path, "events", 1, [(0, event(tmp_path, T0 + i)) for i in range(100)])
+        async with running(app := build()):
+            await until(lambda: total(app) == 100 and 0 < position(app, topic="events") < 90, "a difference")
+        async with running(app := build()):
+            await until(lambda: app.crashed or (position(app, topic="events") == 100 and total(app) == 100), "the end", 20)
+            assert not app.crashed, app.crash_reason
+            assert committed(app) == 100
+
+    asyncio.run(scenario())
+
+
 # ---- event time
 
 

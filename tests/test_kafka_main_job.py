@@ -23,6 +23,7 @@ from demo.feed import write_feed
 from demo.oracle import Expected, expect
 from streamproc.core.clock import SystemClock
 from streamproc.operators.tablerows import TableRows
+from streamproc.runtime.topology import internal_topics
 from streamproc.state import changelog
 from streamproc.testing.kafka_server import KafkaServer
 from streamproc.testing.servers import EmbeddedPostgres, EmbeddedRedis
@@ -142,9 +143,15 @@ async def differences(place: Place, expected: Expected) -> list[str]:
 
 
 async def feed_kafka(place: Place, feed: Feed) -> None:
+    """On an outside broker, which has outlived the last run, its topics go first."""
+    from agents.flights import app
+
     transport = KafkaTransport(place.bootstrap, SystemClock())
     await transport.start()
     try:
+        ours = [spec.name for spec in internal_topics(app.build_groups({"flights": 4}))]
+        left = [name for name in ("flights", *ours) if await transport.partitions(name) is not None]
+        await transport.delete_topics(left)
         await write_feed(feed, transport, quiet=True)
     finally:
         await transport.stop()
