@@ -36,7 +36,7 @@ test-browser: $(VENV)/ready
 	$(PYTEST) -m browser $(ARGS)
 
 bench: $(VENV)/ready  ## every benchmark, appended to benchmarks/results.jsonl
-	$(PY) -m benchmarks all $(ARGS)
+	$(PY) -m benchmarks all --transport all --append $(ARGS)
 
 format: $(VENV)/ready
 	$(VENV)/bin/ruff format --quiet . && $(VENV)/bin/ruff check --quiet --fix .

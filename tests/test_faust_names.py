@@ -25,7 +25,7 @@ from streamproc.runtime.names import PRIVATE_NAMES
 
 
 def stock() -> Any:
-    return faust.App("stock", broker="memory://", store="memory://", web_enabled=False)
+    return faust.App("stock", store="memory://", web_enabled=False)
 
 
 def parameters(function: Any) -> list[str]:
@@ -81,7 +81,7 @@ def test_transports_are_made_once_by_a_method_without_arguments(name: str) -> No
         return object()
 
     kind = type("Mine", (faust.App,), {name: new})
-    app: Any = kind("mine", broker="memory://")
+    app: Any = kind("mine")
     attribute = name.removeprefix("_new_")
     assert getattr(app, attribute) is getattr(app, attribute)
     assert made == [name]
