@@ -37,7 +37,7 @@ by_column = (
 by_record = app.Table("totals_by_record", default=int)
 
 
-@app.agent(flights)  # type: ignore[untyped-decorator]  # Faust's own
+@app.agent(flights)
 async def count_by_record(stream: Any) -> None:
     """The key holds the UTC day, as the pipeline's window does."""
     async for flight in stream:

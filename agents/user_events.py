@@ -88,7 +88,7 @@ activity = (
 clicks = Clicks(random.Random(), SystemClock(), float(os.environ.get("STREAMPROC_RATE", "200")))
 
 
-@app.timer(interval=TICK_S)  # type: ignore[untyped-decorator]  # Faust's own
+@app.timer(interval=TICK_S)
 async def visitors() -> None:
     """Write what happened since the last tick, in one call: ``events.send`` would wait for the disk once an event."""
     count = await app.runtime.partition_count("user_events")
@@ -98,7 +98,7 @@ async def visitors() -> None:
         # Keyed by user, so that a repeated event meets its first copy.
         key = str(event["user_id"]).encode()
         tp = TopicPartition("user_events", partition_of(key, count))
-        records.setdefault(tp, []).append(OutRecord(key, events.encoder.encode(event), (), now_ms))
+        records.setdefault(tp, []).append(OutRecord(key, events.encode(event), (), now_ms))
     try:
         await app.runtime.transport.send(records)
     except Retryable as away:

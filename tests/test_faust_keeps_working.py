@@ -234,19 +234,19 @@ def test_signals_are_sent_around_the_assignment(tmp_path: Path) -> None:
             pass
 
     @app.on_partitions_assigned.connect
-    async def assigned(app: Any, assigned: Any, **kwargs: Any) -> None:
-        sent.append(f"assigned {sorted(tuple(tp) for tp in assigned)}")
+    async def assigned(app: Any, *args: Any, **kwargs: Any) -> None:
+        sent.append(f"assigned {sorted(tuple(tp) for tp in args[0])}")
 
     @app.on_rebalance_complete.connect
-    async def complete(app: Any, **kwargs: Any) -> None:
+    async def complete(app: Any, *args: Any, **kwargs: Any) -> None:
         sent.append("complete")
 
     @app.on_before_shutdown.connect
-    async def shutdown(app: Any, **kwargs: Any) -> None:
+    async def shutdown(app: Any, *args: Any, **kwargs: Any) -> None:
         sent.append("shutdown")
 
     @app.on_worker_init.connect
-    def init(app: Any, **kwargs: Any) -> None:
+    def init(app: Any, *args: Any, **kwargs: Any) -> None:
         sent.append("init")
 
     async def scenario() -> None:

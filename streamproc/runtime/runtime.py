@@ -22,7 +22,7 @@ from streamproc.runtime.monitor import SensorFeed
 from streamproc.runtime.ownerwork import OwnerWork
 from streamproc.runtime.sourcework import SourceWork
 from streamproc.runtime.task import Task, TaskEnvironment
-from streamproc.runtime.topology import Group, internal_topics
+from streamproc.runtime.topology import Group, internal_topics, with_shared_topics
 from streamproc.runtime.warm import warm_up
 from streamproc.state.contract import Store
 from streamproc.state.objects import ObjectOverlay
@@ -169,7 +169,7 @@ class Runtime(Service):
         for spec in declared:
             if spec.partitions or spec.name in read:
                 await self._require_topic(spec)
-        groups = self.app.build_groups(self._partitions)
+        groups = with_shared_topics(self.app.build_groups(self._partitions))
         for group in groups:
             await self._require_same_partitions(group)
         await self.transport.create_topics(internal_topics(groups))

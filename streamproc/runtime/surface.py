@@ -130,6 +130,11 @@ class Topic(topics.Topic):
             value = _record_of(value, self)
         return (None if value is None else self.encoder.encode(value)), headers
 
+    def encode(self, value: Any) -> bytes | None:
+        """The bytes that `send` writes for ``value``."""
+        encoded: bytes | None = self.prepare_value(value, None)[0]
+        return encoded
+
     def __aiter__(self) -> Any:
         raise UserError(
             f"Topic {self} is iterated outside of an agent: records are handed out inside of a task's transaction only.",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streamproc.avro.decode import Decoder
@@ -26,7 +27,15 @@ from streamproc.state.objects import ObjectOverlay
 from streamproc.state.overlay import Overlay, require_distinct_prefixes
 from streamproc.transport.contract import TopicSpec
 
-__all__ = ["AgentTable", "Group", "agent_group", "internal_topics", "pipeline_groups", "repartition_topic"]
+__all__ = [
+    "AgentTable",
+    "Group",
+    "agent_group",
+    "internal_topics",
+    "pipeline_groups",
+    "repartition_topic",
+    "with_shared_topics",
+]
 
 AGENTS = "agents"
 COMPACTED = {
@@ -146,6 +155,13 @@ def agent_group(specs: Sequence[AgentSpec], tables: Sequence[AgentTable], reader
 
     plan = GroupPlan(AGENTS, app_id, counts, {spec.name: spec.topics for spec in specs}, state)
     return Group(plan, make_work, tuple(dead.values()))
+
+
+def with_shared_topics(groups: Sequence[Group]) -> list[Group]:
+    """``groups``, each knowing which of its topics others read too."""
+    readers = Counter(topic for group in groups for topic in group.plan.sources)
+    shared = frozenset(topic for topic, count in readers.items() if count > 1)
+    return [replace(group, plan=replace(group.plan, shared=shared & group.plan.sources.keys())) for group in groups]
 
 
 def internal_topics(groups: Iterable[Group]) -> list[TopicSpec]:
