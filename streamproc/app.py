@@ -84,6 +84,8 @@ class Worker(faust.Worker):
             super().execute_from_commandline()
         except SystemExit:
             if isinstance(app, App) and app.failure is not None:
+                # Said when it happened, above all that a stopping worker says; here it is the last word.
+                sys.stderr.write(f"\nstreamproc stops: {app.failure}\n")
                 raise SystemExit(1) from None
             raise
 
@@ -279,6 +281,8 @@ class App(faust.App):
         if schemes == {"embedded"}:
             return EmbeddedTransport(Path(self._embedded_path(urls[0])), self.clock)
         if schemes == {"kafka"}:
+            from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
+
             from streamproc.transport.kafka import KafkaTransport
 
             servers = [f"{url.host}:{url.port or 9092}" for url in self.conf.broker]
@@ -286,6 +290,7 @@ class App(faust.App):
                 servers, self.clock, client_id=self.conf.broker_client_id, assignor=self.assignor,
                 session_timeout_s=self.conf.broker_session_timeout,
                 heartbeat_interval_s=self.conf.broker_heartbeat_interval,
+                security=credentials_to_aiokafka_auth(self.conf.broker_credentials, self.conf.ssl_context),
             )  # fmt: skip
         shown = ";".join(str(url.with_user(None)) if url.host else str(url) for url in self.conf.broker)
         raise UserError(f"broker={shown!r} is not a log streamproc knows.", remedy=_BROKER_REMEDY)

@@ -371,7 +371,7 @@ class LateOutput:
         if name == self._table.stream.source.topic:
             raise UserError(
                 f"Late records of {self._table.name!r} would go back to their own source {name!r}.",
-                remedy="Choose another topic; `streamproc redrive` sends them back.",
+                remedy="Choose another topic.",
                 where=where,
             )
         self.topic = name
