@@ -453,7 +453,7 @@ def stop_worker(worker: subprocess.Popen[str], seconds: float = 15.0) -> int:
 
 
 def last_words(folder: Path, code: str, seconds: float = 30.0, **environment: str) -> str:
-    """What a worker says that stops by itself, with exit code 1 and without a traceback."""
+    """Why a worker says that it stops, as the last it says, with exit code 1 and without a traceback."""
     worker = start_worker(folder, code, **environment)
     try:
         exit_code = worker.wait(seconds)
@@ -462,8 +462,9 @@ def last_words(folder: Path, code: str, seconds: float = 30.0, **environment: st
     told = (folder / "out").read_text()
     assert exit_code == 1, told
     assert "Traceback" not in told
-    assert told.count("streamproc stops: ") == 1, told
-    return told.split("streamproc stops: ")[1]
+    reasons = [reason.splitlines()[0].strip() for reason in told.split("streamproc stops: ")[1:]]
+    assert len(set(reasons)) == 1, told  # in the log when it happens, and again as the last word
+    return reasons[0]
 
 
 MISTAKES = {

@@ -117,7 +117,6 @@ def test_faust_s_own_commands_list_what_the_app_has(shop: Path) -> None:
     assert "Word" in command(shop, "models")
     assert "text" in command(shop, "model", "shop.Word")
     assert command(shop, "hello") == "hello from shop\n"
-    assert "hello" in command(shop, "--help")
 
 
 def test_a_worker_counts_what_the_send_command_wrote_prints_plainly_and_stops_soon(shop: Path) -> None:
@@ -234,19 +233,19 @@ def test_signals_are_sent_around_the_assignment(tmp_path: Path) -> None:
             pass
 
     @app.on_partitions_assigned.connect
-    async def assigned(app: Any, *args: Any, **kwargs: Any) -> None:
+    async def assigned(app: Any, /, *args: Any, signal: Any, **kwargs: Any) -> None:
         sent.append(f"assigned {sorted(tuple(tp) for tp in args[0])}")
 
     @app.on_rebalance_complete.connect
-    async def complete(app: Any, *args: Any, **kwargs: Any) -> None:
+    async def complete(app: Any, /, *args: Any, signal: Any, **kwargs: Any) -> None:
         sent.append("complete")
 
     @app.on_before_shutdown.connect
-    async def shutdown(app: Any, *args: Any, **kwargs: Any) -> None:
+    async def shutdown(app: Any, /, *args: Any, signal: Any, **kwargs: Any) -> None:
         sent.append("shutdown")
 
     @app.on_worker_init.connect
-    def init(app: Any, *args: Any, **kwargs: Any) -> None:
+    def init(app: Any, /, *args: Any, signal: Any, **kwargs: Any) -> None:
         sent.append("init")
 
     async def scenario() -> None:
@@ -479,6 +478,32 @@ def test_the_monitor_counts_and_sensors_are_told_of_commits(tmp_path: Path, capl
 
     asyncio.run(scenario())
     assert "Mine overrides on_message_in" in caplog.text
+
+
+def test_a_reset_removes_the_local_state_and_the_next_start_restores_it(tmp_path: Path) -> None:
+    def build() -> Any:
+        app = new_app(tmp_path)
+        counts = app.Table("counts", default=int)
+
+        @app.agent(app.topic("in", partitions=1), name="count")
+        async def count(stream: Any) -> None:
+            async for word in stream:
+                counts[word] += 1
+
+        return app
+
+    async def scenario() -> None:
+        await write(tmp_path, "in", 1, [(0, OutRecord(None, b'"a"'))] * 3)
+        async with running(app := build()):
+            await until(lambda: app.tables["counts"].committed("a") == 3, "the commit")
+        assert list(app.state_folder.iterdir())
+        app.tables["counts"].reset_state()
+        assert not list(app.state_folder.iterdir())
+        async with running(app := build()):
+            await until(app.runtime.ready.is_set, "the restore")
+            assert app.tables["counts"].committed("a") == 3
+
+    asyncio.run(scenario())
 
 
 def test_topics_are_made_as_declared(tmp_path: Path) -> None:

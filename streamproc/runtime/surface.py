@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterable, Awaitable, Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,6 +18,7 @@ from streamproc.core.partitioner import partition_of
 from streamproc.core.types import TopicPartition
 from streamproc.eventtime.spec import EventTime
 from streamproc.runtime.agentwork import CURRENT, AgentSpec, Instance, TaskStream
+from streamproc.runtime.topology import AGENTS
 from streamproc.transport.contract import OutRecord, TopicSpec
 
 if TYPE_CHECKING:
@@ -247,6 +249,12 @@ class Table(tables.Table[Any, Any]):
             remedy="Put the window's start into the key, or declare a pipeline with .window(…).",
             where=self.where,
         )
+
+    def reset_state(self) -> None:
+        """For ``faust reset``, with the worker stopped: the agents' local stores go; a start restores them from the log."""
+        app: Any = self.app
+        for folder in app.state_folder.glob(f"{AGENTS}-*"):
+            shutil.rmtree(folder)
 
     async def on_start(self) -> None:
         """Topics are declared, stores opened and restored by the runtime."""

@@ -283,6 +283,8 @@ class Task:
         assert self.work is not None
         self._inbox_bytes -= batch.buffer.nbytes
         self.work.process(batch)
+        if batch.tp not in self.work.resume_at():
+            self.env.fetcher.pause(batch.tp)  # a bounded input has ended here, whatever is written behind it
         if self._paused and self._inbox_bytes <= limits.TASK_INBOX_BYTES_MAX // 2:
             for tp, position in self._paused.items():
                 self.env.fetcher.resume(tp, position)
