@@ -22,11 +22,30 @@ def _browser() -> str | None:
     return None if any(shutil.which(name) for name in CHROMIUM) else "Chromium not found"
 
 
+SLOW_FILES = {
+    "test_attack_runtime.py",
+    "test_bad_input.py",
+    "test_cli.py",
+    "test_demo.py",
+    "test_docs.py",
+    "test_faust_keeps_working.py",
+    "test_flights_data.py",
+    "test_law.py",
+    "test_oracle.py",
+    "test_totals.py",
+    "test_web_api.py",
+    "test_web_security.py",
+    "test_web_workers.py",
+}
+"""Whole apps, worker processes or the full year of flights: not part of test-fast."""
 NEEDS: dict[str, Callable[[], str | None]] = {"kafka": _kafka, "browser": _browser}
 _lacking: dict[str, tuple[str, int]] = {}
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
     for marker, reason in ((marker, find()) for marker, find in NEEDS.items()):
         if reason is None:
             continue

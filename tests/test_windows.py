@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from streamproc.core.types import END_OF_TIME, NO_WATERMARK
@@ -64,6 +64,7 @@ def test_without_lateness_a_window_is_final_when_it_closes() -> None:
 
 
 @given(MS, st.integers(0, 10**12), st.lists(WATERMARKS, min_size=1))
+@example(-(1 << 63), 0, [0])
 def test_late_by_column_is_late_by_record(end: int, lateness: int, watermarks: list[int]) -> None:
     found = late_mask(np.full(len(watermarks), end), lateness, np.array(watermarks, np.int64))
     assert found.tolist() == [is_late(end, lateness, watermark) for watermark in watermarks]

@@ -77,7 +77,8 @@ def is_late(end: int, lateness_ms: int, watermark: int) -> bool:
 def late_mask(ends: I64, lateness_ms: int, watermarks: I64) -> NDArray[np.bool_]:
     """`is_late` of many: ``watermarks`` holds the one before each record."""
     reached = np.maximum(watermarks, NO_WATERMARK + lateness_ms) - lateness_ms
-    late: NDArray[np.bool_] = (watermarks == END_OF_TIME) | ((reached >= ends - 1) & (watermarks != NO_WATERMARK))
+    last = np.maximum(ends, NO_WATERMARK + 1) - 1  # the least int64 has no predecessor
+    late: NDArray[np.bool_] = (watermarks == END_OF_TIME) | ((reached >= last) & (watermarks != NO_WATERMARK))
     return late
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from streamproc.core.errors import UserError
 
-__all__ = ["DATA_ERRORS", "Mask", "RowExpr", "Value", "check", "evaluate", "guarded", "require_columns"]
+__all__ = ["DATA_ERRORS", "Mask", "RowExpr", "Value", "check", "evaluate", "guarded", "require_columns", "select"]
 
 Tree: TypeAlias = Any
 """A node of the serialised expression: a string, or a dict of one entry, its kind and body."""
@@ -95,6 +95,8 @@ _INT_BOUNDS: Final = {
     **{f"UInt{bits}": (0, (1 << bits) - 1) for bits in (8, 16, 32, 64, 128)},
 }
 _TICK_NS: Final = {"ns": 1, "us": 1_000, "ms": 1_000_000}
+_PARTS_NS: Final = {"TotalNanoseconds": 1, "TotalMicroseconds": 1_000, "TotalMilliseconds": 1_000_000}
+"""Parts of a duration that may be finer than its unit."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,9 @@ class RowExpr:
     """A checked expression with its guards (None: cannot happen). Guards are boolean, never null, and row-wise as well.
 
     ``overflow`` is true where a whole number inside the expression left its type: each ``+ - * // **``, negation,
-    ``abs`` and ``sum_horizontal`` on integers, booleans, times and durations, literals included, is done again in 128
-    bits (powers in floating point, which tells a wrapped value from a right one by its size). ``nan`` is true where a
+    ``abs``, sum or mean across columns, ``list.sum`` and count of a duration's parts on integers, booleans, times and
+    durations, literals included, is done again in 128 bits (powers in floating point, which tells a wrapped value from a
+    right one by its size). ``nan`` is true where a
     floating-point value inside it is NaN. In both, the branch of a `when` that is not taken does not count. Not
     covered: what the user asked to wrap (``cast(..., wrap_numerical=True)``), and changes of a time's unit, which give
     null.
@@ -148,6 +151,7 @@ def check(
             remedy=f"Mend the expression; it reads {_typed(names, columns)}.",
             where=where,
         ) from error
+    _require_plain_arithmetic(tree, nothing, what, where)
     if wide:
         raise UserError(f"{what} needs {wide[0]}.", remedy="Cast the unsigned operand to pl.Int64 first.", where=where)
     checked = RowExpr(expr, names, dtype, overflow, nan)
@@ -189,7 +193,7 @@ def evaluate(frame: pl.DataFrame, expressions: Sequence[RowExpr]) -> list[Value]
     for expression in expressions:
         wanted += [(guard, pl.Boolean()) for guard in (expression.overflow, expression.nan) if guard is not None]
     try:
-        columns = _select(frame, [expr for expr, _ in wanted])
+        columns = select(frame, [expr for expr, _ in wanted])
         failures: list[Mask | None] = [None] * len(columns)
     except DATA_ERRORS:
         halved = [_halve(frame, expr, dtype) for expr, dtype in wanted]
@@ -208,15 +212,22 @@ def evaluate(frame: pl.DataFrame, expressions: Sequence[RowExpr]) -> list[Value]
     return found
 
 
-def _select(frame: pl.DataFrame, exprs: Sequence[pl.Expr]) -> list[pl.Series]:
+def select(frame: pl.DataFrame, exprs: Sequence[pl.Expr]) -> list[pl.Series]:
+    """Row-wise expressions over ``frame`` (which has at least one column), each as long as it.
+
+    Polars takes a column of one row for a constant, and raises to a constant power by another way that rounds
+    otherwise; so a row that is alone is computed in company.
+    """
+    alone = frame.height == 1
     # The first column beside them makes a literal as long as the batch.
     named = [expr.alias(f"__{at}") for at, expr in enumerate(exprs)]
-    return frame.select(pl.first().alias("__rows"), *named).get_columns()[1:]
+    columns = (frame[[0, 0]] if alone else frame).select(pl.first().alias("__rows"), *named).get_columns()[1:]
+    return [column[:1] for column in columns] if alone else columns
 
 
 def _halve(frame: pl.DataFrame, expr: pl.Expr, dtype: pl.DataType) -> tuple[pl.Series, Mask]:
     try:
-        return _select(frame, [expr])[0], np.zeros(frame.height, np.bool_)
+        return select(frame, [expr])[0], np.zeros(frame.height, np.bool_)
     except DATA_ERRORS:
         if frame.height < 2:
             return pl.Series([None] * frame.height, dtype=dtype), np.ones(frame.height, np.bool_)
@@ -374,17 +385,17 @@ def _own_overflow(node: Tree, nothing: pl.DataFrame) -> pl.Expr | None:
     exact: Callable[..., Any]
     if kind == "BinaryExpr" and body["op"] in _EXACT:
         operands, exact = [body["left"], body["right"]], _EXACT[body["op"]]
-    elif kind == "Function" and body["function"] in ("Negate", "Abs"):
-        operands, exact = body["input"], _minus if body["function"] == "Negate" else operator.abs
-    elif kind == "Function" and _open(body["function"])[0] == "SumHorizontal":
-        operands, exact = body["input"], lambda *terms: pl.sum_horizontal(terms)
-    elif kind == "Function" and body["function"] == {"Pow": "Generic"}:
-        return _power_overflow(node, body["input"], nothing)
-    else:
+    elif kind != "Function":
         return None
+    elif body["function"] in ("Negate", "Abs"):
+        operands, exact = body["input"], _minus if body["function"] == "Negate" else operator.abs
+    elif _open(body["function"])[0] == "SumHorizontal":
+        operands, exact = body["input"], lambda *terms: pl.sum_horizontal(terms)
+    else:
+        return _function_overflow(node, body["function"], body["input"], nothing)
     exprs = [_expr(operand) for operand in operands]
     dtypes = [nothing.select(expr).dtypes[0] for expr in (*exprs, _expr(node))]
-    if any(dtype.is_float() or dtype in (pl.Null, pl.String) for dtype in dtypes) or dtypes[-1] == pl.Boolean:
+    if any(map(_never_wraps, dtypes)) or dtypes[-1] == pl.Boolean:
         return None
     times = dtypes[-1].is_temporal()
     # Units meet in nanoseconds when times are added; a duration that is multiplied keeps its own.
@@ -394,8 +405,49 @@ def _own_overflow(node: Tree, nothing: pl.DataFrame) -> pl.Expr | None:
     return (off >= _tick_ns(dtypes[-1]) if scaled else off > 0).fill_null(False)
 
 
+def _never_wraps(dtype: pl.DataType) -> bool:
+    """Decimals raise when they overflow; the others have no bound, or are no numbers."""
+    return dtype.is_float() or dtype.is_decimal() or dtype in (pl.Null, pl.String, pl.Binary)
+
+
+def _function_overflow(node: Tree, function: Tree, operands: Sequence[Tree], nothing: pl.DataFrame) -> pl.Expr | None:
+    """True where a function other than plain arithmetic wrapped."""
+    group, name = _open(function)
+    if function == {"Pow": "Generic"}:
+        return _power_overflow(node, operands, nothing)
+    exprs = [_expr(operand) for operand in operands]
+    dtypes = [nothing.select(expr).dtypes[0] for expr in exprs]
+    if function == {"ListExpr": "Sum"} and isinstance(dtypes[0], pl.List) and pl.DataType.is_integer(dtypes[0].inner):
+        wide = exprs[0].cast(pl.List(pl.Int128)).list.sum()
+        return (wide != _expr(node).cast(pl.Int128)).fill_null(False)
+    if group == "MeanHorizontal" and all(dtype.is_integer() for dtype in dtypes):
+        wide = pl.sum_horizontal(expr.cast(pl.Int128) for expr in exprs)
+        return (wide != pl.sum_horizontal(exprs).cast(pl.Int128)).fill_null(False)
+    part, options = _open(name)
+    if group == "TemporalExpr" and part in _PARTS_NS and not options["fractional"]:
+        finer = _tick_ns(dtypes[0]) // _PARTS_NS[part]
+        wide = exprs[0].cast(pl.Int64).cast(pl.Int128) * finer
+        return (wide != _expr(node).cast(pl.Int128)).fill_null(False) if finer > 1 else None
+    return None
+
+
 def _minus(number: pl.Expr) -> pl.Expr:
     return 0 - number  # Polars has no negation in 128 bits
+
+
+def _require_plain_arithmetic(node: Tree, nothing: pl.DataFrame, what: str, where: str | None) -> None:
+    """Refuse arithmetic on lists and structs: their whole numbers wrap, and no guard looks into them."""
+    kind, body = _open(node)
+    if kind == "BinaryExpr" and body["op"] in (*_EXACT, "TrueDivide", "Modulus"):
+        dtype = nothing.select(_expr(node)).dtypes[0]
+        if dtype.is_nested():
+            raise UserError(
+                f"{what} does arithmetic on {dtype}.",
+                remedy="Take the parts out first: list.get(...), struct.field(...).",
+                where=where,
+            )
+    for child in _children(node):
+        _require_plain_arithmetic(child, nothing, what, where)
 
 
 def _power_overflow(node: Tree, operands: Sequence[Tree], nothing: pl.DataFrame) -> pl.Expr | None:
@@ -456,7 +508,7 @@ def _try_on_samples(
 
 def _complaint(frame: pl.DataFrame, checked: RowExpr) -> str:
     try:
-        frame.select(checked.expr)
+        select(frame, [checked.expr])
     except DATA_ERRORS as error:
         return str(error).splitlines()[0]
     return "nothing"

@@ -30,6 +30,7 @@ from streamproc.core.types import END_OF_TIME, NO_WATERMARK
 from streamproc.eventtime.windows import WindowState, window_end
 from streamproc.operators.accumulators import ordered_from
 from streamproc.operators.aggregates import check_plan, result_columns
+from streamproc.operators.expressions import select
 from streamproc.operators.kernels import INFINITE, NAN, NEGATIVE_INFINITE
 from streamproc.operators.partials import PartialRows, decode_group_key, encode_group_key, group_key_columns
 from streamproc.operators.plan import Agg, Filter, TablePlan
@@ -370,10 +371,11 @@ class TableRows:
         visible = pl.Series(VISIBLE, np.ones(len(frame), np.bool_))
         for step in self.plan.post:
             if isinstance(step, Filter):
-                kept = frame.select(step.predicate.fill_null(False).alias(VISIBLE)).get_column(VISIBLE)
-                visible = visible & kept
+                (kept,) = select(frame, [step.predicate])
+                visible = visible & kept.fill_null(False)
             else:
-                frame = frame.with_columns(**step.columns)
+                values = select(frame, list(step.columns.values()))
+                frame = frame.with_columns(value.alias(name) for name, value in zip(step.columns, values, strict=True))
         shown = [column for column in frame.get_columns() if column.name not in (STATE, EPOCH)]
         return pl.DataFrame([*shown, frame.get_column(STATE), frame.get_column(EPOCH), visible.rename(VISIBLE)])
 
