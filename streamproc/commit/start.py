@@ -116,11 +116,16 @@ def first_record(declared: Declared, *, log_id: str, positions: Mapping[str, Map
 
 
 def next_record(last: CommitRecord, **changes: object) -> CommitRecord:
-    """The record of the next epoch: everything of ``last`` but ``changes``. A position never goes back."""
+    """The record of the next epoch: ``last`` but for ``changes``. Neither a position nor a watermark ever goes back."""
     record: CommitRecord = msgspec.structs.replace(last, epoch=last.epoch + 1, **changes)
     for agent, at in last.positions.items():
         for name, position in at.items():
             now = record.positions.get(agent, {}).get(name)
             invariant(now is None or now >= position,
                       f"Position of {agent} in {tp_of(name)} would go back from {position} to {now}.")  # fmt: skip
+    for agent, clocks in last.watermarks.items():
+        for name, clock in clocks.items():
+            after = record.watermarks.get(agent, {}).get(name)
+            invariant(after is None or after.watermark >= clock.watermark,
+                      f"The watermark of {agent} for {name} would go back from {clock.watermark}.")  # fmt: skip
     return record

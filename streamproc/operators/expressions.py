@@ -417,7 +417,10 @@ def _function_overflow(node: Tree, function: Tree, operands: Sequence[Tree], not
         return _power_overflow(node, operands, nothing)
     exprs = [_expr(operand) for operand in operands]
     dtypes = [nothing.select(expr).dtypes[0] for expr in exprs]
-    if function == {"ListExpr": "Sum"} and isinstance(dtypes[0], pl.List) and pl.DataType.is_integer(dtypes[0].inner):
+    if function == {"ListExpr": "Sum"}:
+        inner = dtypes[0].inner if isinstance(dtypes[0], pl.List) else None
+        if not isinstance(inner, pl.DataType) or not inner.is_integer():
+            return None
         wide = exprs[0].cast(pl.List(pl.Int128)).list.sum()
         return (wide != _expr(node).cast(pl.Int128)).fill_null(False)
     if group == "MeanHorizontal" and all(dtype.is_integer() for dtype in dtypes):
