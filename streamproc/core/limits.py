@@ -149,3 +149,8 @@ WARM_UP_QUIET_S: Final = 2.0
 """How long loading the compiled kernels may take before the log says that they are being compiled."""
 GROUP_OFFSETS_WAIT_S: Final = 5.0
 """How long a starting task waits for the group's offsets to show what its commit record says."""
+TABLE_TEXT_BYTES_MAX: Final = CHANGELOG_RECORD_BYTES_MAX // 4
+"""Text in one row of a pipeline's table: its key and what min and max keep. A record with more than its share is a dead
+letter; the rest of a changelog record is for the other aggregates, or for a chunk of distinct values."""
+LOG_REPEAT_S: Final = 5.0
+"""How often the client library may repeat one complaint about a broker that does not answer."""

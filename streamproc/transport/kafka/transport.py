@@ -16,6 +16,7 @@ from streamproc.transport.contract import OutRecord, PartitionOffsets, TopicSpec
 from streamproc.transport.kafka.admin import Admin
 from streamproc.transport.kafka.fetch import KafkaFetcher
 from streamproc.transport.kafka.group import KafkaMembership
+from streamproc.transport.kafka.quiet import quieten
 from streamproc.transport.kafka.txn import KafkaTaskProducer
 from streamproc.transport.kafka.wire import Wire
 
@@ -45,6 +46,7 @@ class KafkaTransport:
         heartbeat_interval_s: float = limits.HEARTBEAT_S,
         rebalance_timeout_s: float = limits.REBALANCE_TIMEOUT_S,
     ) -> None:
+        self._clock = clock
         self._wire = Wire(bootstrap, clock, client_id=client_id, security=security or {})
         self._admin = Admin(self._wire, replication_factor)
         self._assignor = assignor
@@ -59,6 +61,7 @@ class KafkaTransport:
 
     async def start(self) -> None:
         """Raises `BrokerUnavailable` naming the address when no broker answers within `limits.RETRY_TOTAL_S`."""
+        quieten(self._clock)
         await self._wire.start()
 
     async def stop(self) -> None:
