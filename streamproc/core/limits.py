@@ -154,3 +154,5 @@ TABLE_TEXT_BYTES_MAX: Final = CHANGELOG_RECORD_BYTES_MAX // 4
 letter; the rest of a changelog record is for the other aggregates, or for a chunk of distinct values."""
 LOG_REPEAT_S: Final = 5.0
 """How often the client library may repeat one complaint about a broker that does not answer."""
+RESTORE_TELL_S: Final = 2.0
+"""How often a restore that takes its time says in the log how far it is."""

@@ -114,6 +114,7 @@ class Task:
         self._wake = asyncio.Event()
         self._due = self._closing = False
         self._failures = 0
+        self._told_s = 0.0
         self._alike = 0
         """How many of the last failures in a row were of one kind."""
         self._failed: type[BaseException] | None = None
@@ -363,7 +364,14 @@ class Task:
         self.view.problem = problem
 
     def _restoring(self, progress: RestoreProgress) -> None:
-        self.view.restore = progress
+        before, self.view.restore = self.view.restore, progress
+        if before is None or before.topic != progress.topic:
+            self._told_s = 0.0
+        if progress.seconds - self._told_s >= limits.RESTORE_TELL_S:
+            self._told_s = progress.seconds
+            share = (progress.position - progress.start) / max(progress.target - progress.start, 1)
+            logger.info("task %s restores %s: %.0f%%, %.0f records/s", self.id, progress.topic, share * 100,
+                        progress.records_per_s)  # fmt: skip
 
     def _set(self, phase: Phase) -> None:
         if phase is not self.phase:
