@@ -13,6 +13,7 @@ the order of the records:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import polars as pl
 
@@ -21,6 +22,8 @@ from streamproc.operators.plan import Agg, TablePlan
 
 __all__ = ["check_plan", "count", "count_distinct", "max", "mean", "min", "result_columns", "result_dtype", "sum"]
 
+_AGGREGATES_MAX: Final = 255
+"""A chunk of distinct hashes names its aggregate in one byte."""
 _REMEDIES = {
     "sum": "Sum a number or a boolean, or cast the column in .with_columns() first.",
     "mean": "Take the mean of a number or a boolean, or cast the column in .with_columns() first.",
@@ -85,7 +88,14 @@ def result_columns(plan: TablePlan) -> dict[str, pl.DataType]:
 
 
 def check_plan(plan: TablePlan) -> None:
-    """`UserError` when an aggregate or a group key is of a type that cannot be one. Called once, before any record."""
+    """`UserError` when there are too many aggregates, or one or a group key is of a type that cannot be one. Called once,
+    before any record."""
+    if len(plan.aggs) > _AGGREGATES_MAX:
+        raise UserError(
+            f"Table {plan.name!r} has {len(plan.aggs)} aggregates.",
+            remedy=f"At most {_AGGREGATES_MAX} fit a row: split the table.",
+            where=plan.where,
+        )
     result_columns(plan)
     for name, dtype in plan.keys.items():
         if not (_is_whole(dtype) or dtype == pl.Boolean or dtype == pl.String or _is_moment(dtype)):

@@ -151,7 +151,7 @@ def check(
             remedy=f"Mend the expression; it reads {_typed(names, columns)}.",
             where=where,
         ) from error
-    _require_plain_arithmetic(tree, nothing, what, where)
+    _require_supported(tree, nothing, what, where)
     if wide:
         raise UserError(f"{what} needs {wide[0]}.", remedy="Cast the unsigned operand to pl.Int64 first.", where=where)
     checked = RowExpr(expr, names, dtype, overflow, nan)
@@ -216,12 +216,14 @@ def select(frame: pl.DataFrame, exprs: Sequence[pl.Expr]) -> list[pl.Series]:
     """Row-wise expressions over ``frame`` (which has at least one column), each as long as it.
 
     Polars takes a column of one row for a constant, and raises to a constant power by another way that rounds
-    otherwise; so a row that is alone is computed in company.
+    otherwise; so a row that is alone is computed beside its double.
     """
     alone = frame.height == 1
+    if alone:  # by way of a second row, or the double would be a constant too
+        frame = pl.concat([frame, frame.clear(1)], rechunk=True)[[0, 0]]
     # The first column beside them makes a literal as long as the batch.
     named = [expr.alias(f"__{at}") for at, expr in enumerate(exprs)]
-    columns = (frame[[0, 0]] if alone else frame).select(pl.first().alias("__rows"), *named).get_columns()[1:]
+    columns = frame.select(pl.first().alias("__rows"), *named).get_columns()[1:]
     return [column[:1] for column in columns] if alone else columns
 
 
@@ -438,19 +440,22 @@ def _minus(number: pl.Expr) -> pl.Expr:
     return 0 - number  # Polars has no negation in 128 bits
 
 
-def _require_plain_arithmetic(node: Tree, nothing: pl.DataFrame, what: str, where: str | None) -> None:
-    """Refuse arithmetic on lists and structs: their whole numbers wrap, and no guard looks into them."""
+def _require_supported(node: Tree, nothing: pl.DataFrame, what: str, where: str | None) -> None:
+    """Refuse what its types make wrong: arithmetic on lists and structs (whole numbers in them wrap, and no guard looks
+    there), and a cast from text to a time (Polars accepts it in a plan and fails on every value)."""
     kind, body = _open(node)
     if kind == "BinaryExpr" and body["op"] in (*_EXACT, "TrueDivide", "Modulus"):
         dtype = nothing.select(_expr(node)).dtypes[0]
         if dtype.is_nested():
-            raise UserError(
-                f"{what} does arithmetic on {dtype}.",
-                remedy="Take the parts out first: list.get(...), struct.field(...).",
-                where=where,
-            )
+            remedy = "Take the parts out first: list.get(...), struct.field(...)."
+            raise UserError(f"{what} does arithmetic on {dtype}.", remedy=remedy, where=where)
+    if kind == "Cast" and nothing.select(_expr(body["expr"])).dtypes[0] == pl.String:
+        dtype = nothing.select(_expr(node)).dtypes[0]
+        if dtype.is_temporal():
+            remedy = 'Give the format: str.to_datetime("%Y-%m-%d %H:%M:%S"), str.to_date(...), str.to_time(...).'
+            raise UserError(f"{what} casts text to {dtype}.", remedy=remedy, where=where)
     for child in _children(node):
-        _require_plain_arithmetic(child, nothing, what, where)
+        _require_supported(child, nothing, what, where)
 
 
 def _power_overflow(node: Tree, operands: Sequence[Tree], nothing: pl.DataFrame) -> pl.Expr | None:

@@ -51,6 +51,8 @@ Columns: TypeAlias = Mapping[str, pl.DataType]
 _PACKAGE: Final = str(Path(__file__).parents[1]) + os.sep
 _TOPIC: Final = re.compile(r"[A-Za-z0-9._-]{1,249}")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
+_SPAN_MS_MAX: Final = 10_000 * 365 * 86_400_000
+"""Longer than all the time there is: event times lie in the years 1 to 9999."""
 _OURS: Final = ("window_start", "window_end")
 
 
@@ -83,10 +85,10 @@ def event_time(
         raise UserError(f"idle={idle!r} is not known.", remedy='Write idle="advance" or idle="hold".', where=where)
     return EventTime(
         column,
-        milliseconds(out_of_orderness, setting="out_of_orderness", where=where),
-        None if idle_after is None else milliseconds(idle_after, setting="idle_after", where=where),
+        _span(out_of_orderness, setting="out_of_orderness", where=where),
+        None if idle_after is None else _span(idle_after, setting="idle_after", where=where),
         idle,
-        milliseconds(max_ahead, setting="max_ahead", where=where),
+        _span(max_ahead, setting="max_ahead", where=where),
         bounded,
     )
 
@@ -95,7 +97,7 @@ def tumbling(size: Duration, offset: Duration = "0s") -> Tumbling:
     """Windows of ``size`` side by side, the boundaries ``offset`` after a multiple of it since 1970-01-01 UTC."""
     where = caller()
     size_ms = _positive(size, "size", where)
-    offset_ms = milliseconds(offset, setting="offset", where=where)
+    offset_ms = _span(offset, setting="offset", where=where)
     if offset_ms >= size_ms:
         raise UserError(
             f"offset={offset!r} is not below size={size!r}.", remedy="Give what is left of it.", where=where
@@ -238,8 +240,8 @@ class Grouped:
         where = caller()
         if not isinstance(window, Tumbling):
             raise UserError(f"{window!r} is not a window.", remedy='Write window(sp.tumbling("1h")).', where=where)
-        lateness_ms = milliseconds(allowed_lateness, setting="allowed_lateness", where=where)
-        return Windowed(self, window, lateness_ms, milliseconds(retain, setting="retain", where=where), where)
+        lateness_ms = _span(allowed_lateness, setting="allowed_lateness", where=where)
+        return Windowed(self, window, lateness_ms, _span(retain, setting="retain", where=where), where)
 
     def agg(self, **aggs: Agg) -> NoReturn:
         """Always a `UserError`: a table needs its window first."""
@@ -397,6 +399,10 @@ def _require_column_name(name: str, where: str) -> None:
     """Raise `UserError` if ``name`` is ours, or no name for a column in a sink."""
     if name in _OURS or name.startswith("__"):
         raise UserError(f"A column cannot be named {name!r}: streamproc uses it.", remedy="Rename it.", where=where)
+    if name == "*" or (name.startswith("^") and name.endswith("$")):
+        raise UserError(
+            f"A column cannot be named {name!r}: Polars reads that as a pattern.", remedy="Rename it.", where=where
+        )
     if not name or len(name.encode()) > 63 or "\x00" in name:
         raise UserError(
             f"A column cannot be named {name!r}.", remedy="Use 1 to 63 bytes (Postgres's limit).", where=where
@@ -421,8 +427,18 @@ def _columns(first: str | Sequence[str], more: tuple[str, ...], what: str, where
     return columns
 
 
-def _positive(duration: Duration, setting: str, where: str) -> int:
+def _span(duration: Duration, *, setting: str, where: str) -> int:
+    """``duration`` in milliseconds, short enough to be added to any event time within int64."""
     value = milliseconds(duration, setting=setting, where=where)
+    if value > _SPAN_MS_MAX:
+        raise UserError(
+            f"{setting}={duration!r} is more than 10,000 years.", remedy='Give less, for example "3650d".', where=where
+        )
+    return value
+
+
+def _positive(duration: Duration, setting: str, where: str) -> int:
+    value = _span(duration, setting=setting, where=where)
     if value == 0:
         raise UserError(f"{setting}={duration!r} is zero.", remedy="Give at least 1ms.", where=where)
     return value

@@ -22,7 +22,7 @@ from streamproc.avro.decode import ROW, Decoded, Use, hash_names
 from streamproc.core.batch import I64, RawBatch
 from streamproc.core.errors import invariant
 from streamproc.core.hash128 import Hashes, combine, hash_series
-from streamproc.core.limits import REASONS_COUNTED_MAX
+from streamproc.core.limits import REASONS_COUNTED_MAX, TABLE_TEXT_BYTES_MAX
 from streamproc.eventtime.spec import EventTime
 from streamproc.eventtime.watermark import SourceClock
 from streamproc.eventtime.windows import assign, late_mask, window_ends
@@ -158,6 +158,7 @@ class SourceProgram:
     ) -> None:
         self._plan, self._partition, self._sources, self._decoder = plan, partition, sources, decoder
         self._clock = SourceClock(plan.event_time, state)
+        self._earliest_ms, self._latest_ms = _held_times(plan)
         self._side = _Side(plan)
         self._committed = Counters()
         self._dedupes: list[DedupeOperator] = []
@@ -288,12 +289,24 @@ class SourceProgram:
         spec, column = self._plan.event_time, frame[self._plan.event_time.column]
         times, faults = _event_times(column, spec, self._side.timestamps(frame))
         bad = np.zeros(frame.height, np.bool_)
+        outside = (times < self._earliest_ms) | (times > self._latest_ms)
+        faults.append((f'the window of event time "{spec.column}" is not within the years 1 to 9999', outside))
         for reason, fault in faults:
             self._side.dead_rows(frame, fault & ~bad, reason)
             bad |= fault
         if bad.any():
             frame, times = _keep(frame, ~bad), times[~bad]
         return frame.with_columns(pl.Series(TIME, times), pl.Series(BEFORE, self._clock.observe(times)))
+
+
+def _held_times(plan: SourcePlan) -> tuple[int, int]:
+    """The first and the last event time whose windows, in all tables, begin and end within what every sink can hold."""
+    earliest, latest = _EARLIEST_MS, _LATEST_MS
+    for table in (table for node in _nodes(plan.root) for table in node.tables):
+        size, offset = table.window.size_ms, table.window.offset_ms
+        earliest = max(earliest, _EARLIEST_MS + (offset - _EARLIEST_MS) % size)
+        latest = min(latest, _LATEST_MS - (_LATEST_MS - offset) % size - 1)
+    return earliest, latest
 
 
 def _event_times(column: pl.Series, spec: EventTime, record_times: I64) -> tuple[I64, list[tuple[str, Mask]]]:
@@ -452,6 +465,9 @@ class _WindowStep:
 
     def run(self, frame: pl.DataFrame, side: _Side) -> None:
         table = self.table
+        frame = self._fitting(frame, side)
+        if not frame.height:
+            return
         starts = assign(frame[TIME].to_numpy(), table.window)
         ends, before = window_ends(starts, table.window), frame[BEFORE].to_numpy()
         late = late_mask(ends, table.allowed_lateness_ms, before)
@@ -470,6 +486,25 @@ class _WindowStep:
         side.counts.late[table.name] = side.counts.late.get(table.name, 0) + int(late.sum())
         if not late.all():
             self.aggregator.add(_keep(frame, ~late), starts[~late])
+
+    def _fitting(self, frame: pl.DataFrame, side: _Side) -> pl.DataFrame:
+        """Records whose text fits the table's rows: one that does not would stop the worker when it commits."""
+        names = _texts_kept(self.table)
+        limit = TABLE_TEXT_BYTES_MAX // max(len(names), 1)
+        for name in names:
+            sizes = frame[name].str.len_bytes()
+            if (sizes.max() or 0) > limit:  # type: ignore[operator]
+                long = (sizes > limit).fill_null(False).to_numpy()
+                side.dead_rows(frame, long, f'"{name}" is too long for table "{self.table.name}"')
+                frame = _keep(frame, ~long)
+        return frame
+
+
+def _texts_kept(table: TablePlan) -> list[str]:
+    """Columns whose text a row of the table holds."""
+    keys = [name for name, dtype in table.keys.items() if dtype == pl.String]
+    kept = [agg.column for agg in table.aggs.values() if agg.kind in ("min", "max") and agg.column is not None]
+    return keys + [name for name in kept if table.inputs[name] == pl.String]
 
 
 def _set_aside(

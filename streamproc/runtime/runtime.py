@@ -21,6 +21,7 @@ from streamproc.core.types import Offset, TaskId, TopicPartition
 from streamproc.runtime.monitor import SensorFeed
 from streamproc.runtime.ownerwork import OwnerWork
 from streamproc.runtime.sourcework import SourceWork
+from streamproc.runtime.start import require_same_code
 from streamproc.runtime.task import Task, TaskEnvironment
 from streamproc.runtime.topology import Group, internal_topics, with_shared_topics
 from streamproc.runtime.warm import warm_up
@@ -171,7 +172,7 @@ class Runtime(Service):
                 await self._require_topic(spec)
         groups = with_shared_topics(self.app.build_groups(self._partitions))
         for group in groups:
-            await self._require_same_partitions(group)
+            await self._require_same_program(group)
         await self.transport.create_topics(internal_topics(groups))
         for spec in declared:
             if not self.knows(spec.name):  # perhaps a side output, which the groups have just made
@@ -181,15 +182,25 @@ class Runtime(Service):
             self._fetchers[name] = fetcher = self.transport.fetcher()
             self._spawn(self._pump(name, fetcher))
 
-    async def _require_same_partitions(self, group: Group) -> None:
-        """Sources must not have grown since the application first started, when the commits topic was made."""
+    async def _require_same_program(self, group: Group) -> None:
+        """Sources must not have grown since the application first started, when the commits topic was made, and the log
+        must be of this code. Each task checks it again; here it is found before the group is joined, so that a wrong
+        deployment, started over and over, takes no partition from the workers that run."""
         plan = group.plan
         had = await self.transport.partitions(plan.commits_topic)
-        if had is not None and had != plan.partitions:
+        if had is None:
+            return
+        if had != plan.partitions:
             raise UserError(
                 f"Topic {' and '.join(plan.sources)} had {had} partitions when {plan.app_id} first started and has "
                 f"{plan.partitions} now ({plan.commits_topic} has {had}).",
                 remedy="Keys have moved, so the state no longer fits: start under a new id, or `streamproc reset MODULE`.",
+            )
+        try:
+            await require_same_code(self.transport, plan)
+        except BrokerUnavailable as outage:
+            logger.info(
+                "group %s is joined without knowing whether its log fits; its tasks will see: %s", plan.name, outage
             )
 
     async def _require_topic(self, spec: TopicSpec) -> None:
@@ -321,10 +332,22 @@ class Runtime(Service):
     @Service.task
     async def _idle_timer(self) -> None:
         while not self.should_stop:
+            began_s = self.clock.monotonic_s()
             await self.clock.sleep(limits.TICK_S)
+            self._say_if_stood_still(self.clock.monotonic_s() - began_s - limits.TICK_S)
             now_ms = round(self.clock.monotonic_s() * 1000)
             for task in list(self.tasks.values()):
                 task.tick(now_ms)
+
+    def _say_if_stood_still(self, stood_s: float) -> None:
+        """No heartbeat was sent meanwhile: what follows in the log, a lost membership and fenced tasks, is only its result."""
+        session_s = float(self.app.conf.broker_session_timeout)
+        if stood_s > session_s / 2:
+            logger.warning(
+                "nothing ran in this worker for %.1f s%s: an agent called something that blocks the event loop, or the "
+                "process was stopped. Await such a call, or hand it to asyncio.to_thread.",
+                stood_s, f", its session time-out is {session_s:g} s, so its tasks have moved" if stood_s > session_s else "",
+            )  # fmt: skip
 
     @Service.task
     async def _trim_timer(self) -> None:

@@ -23,7 +23,7 @@ from streamproc.state.overlay import table_prefix
 from streamproc.state.restore import RestoreProgress, check_store, restore
 from streamproc.transport.contract import Membership, PartitionOffsets, TaskProducer, Transport
 
-__all__ = ["Fed", "GroupPlan", "Opened", "StartParts", "last_commit", "open_task"]
+__all__ = ["Fed", "GroupPlan", "Opened", "StartParts", "last_commit", "open_task", "require_same_code"]
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,10 @@ async def open_task(parts: StartParts) -> Opened:
     record = await last_commit(parts.transport, parts.group.name, commits, ends[commits])
     found = Found(record, {tp.topic: ends[tp].end - ends[tp].begin for tp in changelogs})
     declared = parts.group.declared(parts.task)
-    require_fit(found, declared)
+    _require_code_of(found, declared)
     first = record is None
     if record is None:
         record = await _first(parts, declared)
-    for name, form in declared.tables.items():
-        require_same(record.fingerprints.get(name), form, parts.group.app_id)
     await _require_same_fed(parts)
     if not first:
         await _require_group_offsets(parts, record)
@@ -175,6 +173,24 @@ async def _require_group_offsets(parts: StartParts, record: CommitRecord) -> Non
                 "`streamproc reset MODULE`.",
             )
         await parts.clock.sleep(limits.RETRY_BACKOFF_S)
+
+
+def _require_code_of(found: Found, declared: Declared) -> None:
+    """Code and log must fit: sources, topology, positions, and the plan of each table."""
+    require_fit(found, declared)
+    if found.record is not None:
+        for name, form in declared.tables.items():
+            require_same(found.record.fingerprints.get(name), form, declared.app_id)
+
+
+async def require_same_code(transport: Transport, group: GroupPlan) -> None:
+    """Refuse, before anything is joined or fenced, a log that other code has written: `UserError`. It looks at the last
+    committed record of partition 0 only; what that does not tell, a task finds when it starts."""
+    tp = TopicPartition(group.commits_topic, 0)
+    ends = (await transport.offsets([tp]))[tp]
+    record = await last_commit(transport, group.name, tp, ends._replace(end=ends.stable))
+    if record is not None:
+        _require_code_of(Found(record, {}), group.declared(TaskId(group.name, tp.partition)))
 
 
 async def _require_same_fed(parts: StartParts) -> None:

@@ -10,7 +10,7 @@ from streamproc.core.limits import LOG_REPEAT_S
 __all__ = ["quieten"]
 
 LOGGERS = (
-    "aiokafka.client",
+    "aiokafka",  # what its client module calls its logger
     "aiokafka.cluster",
     "aiokafka.conn",
     "aiokafka.consumer.group_coordinator",
