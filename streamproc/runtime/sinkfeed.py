@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from streamproc.commit.ledger import CatchUp, Fenced, Ledger, Rebuild, advanced, decide_claim
 from streamproc.commit.record import CommitRecord
@@ -20,9 +20,11 @@ from streamproc.core.clock import Clock
 from streamproc.core.errors import LedgerMoved, SinkUnavailable
 from streamproc.core.partitioner import partition_of
 from streamproc.core.types import Offset, TaskId, TopicPartition
+from streamproc.eventtime.windows import WindowState
 from streamproc.operators.partials import encode_group_key
+from streamproc.operators.tablerows import RowLayout, is_row
 from streamproc.runtime.work import SinkUse, StateTable, Work
-from streamproc.sinks.contract import SinkRows, SinkWriter, TableShape
+from streamproc.sinks.contract import Emit, SinkRows, SinkWriter, TableShape
 from streamproc.sinks.feed import sink_rows
 from streamproc.state import changelog
 from streamproc.state.contract import Store
@@ -41,6 +43,11 @@ Rows = dict[bytes, bytes | None]
 """Changed rows by key; None: deleted by the user. Expired rows never get here: a sink keeps its own."""
 
 
+_LEAST_STATE: Final[dict[Emit, WindowState]] = {
+    "on_update": WindowState.OPEN,
+    "on_close": WindowState.CLOSED,
+    "final": WindowState.FINAL,
+}
 Say = Callable[[str | None], None]
 """Shows a person what is being waited for; None: no longer."""
 
@@ -266,7 +273,14 @@ class SinkFeed:
         self._held = moved
 
     def _sink_rows(self, rows: Rows) -> SinkRows | None:
-        live = [(key, value) for key, value in rows.items() if value is not None]
+        """Rows that this sink is told of, chosen before their results are computed: what is only on its way to a result,
+        a sum beyond its type say, is none of a sink's that waits for the last word."""
+        least = _LEAST_STATE[self.use.emit]
+        live = [
+            (key, value)
+            for key, value in rows.items()
+            if value is not None and is_row(key) and RowLayout.stamp(value)[0] >= least
+        ]
         if not live:
             return None
         frame = self.work.results(live)
