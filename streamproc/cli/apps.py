@@ -32,7 +32,8 @@ def load_app(name: str, *, datadir: str | None = None) -> App:
             remedy="Name the variable it is in: MODULE:VARIABLE.",
         )
     found.finalize()
-    if found.conf.autodiscover:
+    conf: Any = found.conf  # a setting whose value may be a callable: its type reads as a method's
+    if conf.autodiscover:
         found.discover()
     return found
 
