@@ -182,7 +182,10 @@ class TestSizes:
                         await transport.send({tp: [OutRecord(b"same", b"again")]})
                         await asyncio.sleep(0.1)
                 # Offsets 0 to 5 are gone: a position in the hole reads on behind it, and a stop in it is reached.
-                assert await values_in(transport, tp, 3) == await values_in(transport, tp)
+                # The broker goes on compacting: what is read a moment later may be less, but nothing else.
+                in_hole, later = await values_in(transport, tp, 3), await values_in(transport, tp)
+                assert later
+                assert set(later) <= set(in_hole)
                 assert [batch async for batch in transport.read(tp, Offset(2), Offset(5))] == []
 
         asyncio.run(scenario())
