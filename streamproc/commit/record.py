@@ -40,7 +40,8 @@ class CommitRecord(msgspec.Struct, frozen=True, kw_only=True):
     timers_ms: int
     """High mark of the event-time timers that have run (none yet: `NO_WATERMARK`)."""
     changelogs: dict[str, int]
-    """Changelog topic -> position behind this epoch's last record in it: where a sink's replay may start."""
+    """Changelog topic -> position behind the last record of the epochs before this one: where a sink's replay of this and
+    later epochs may start."""
     topology: str
     """Hash of the group's topics, partition counts and tables."""
     fingerprints: dict[str, dict[str, Any]]

@@ -49,8 +49,6 @@ class GroupPlan:
     """Agent (pipeline, table) -> the topics it reads."""
     tables: tuple[StateTable, ...]
     bounded: bool = False
-    start_at: str = "earliest"
-    """Where the very first start begins: ``earliest`` or ``latest``."""
     fed: tuple[Fed, ...] = ()
     """Tables of other groups that this one ships partial aggregates to."""
     shared: frozenset[str] = frozenset()
@@ -255,7 +253,7 @@ async def _first(parts: StartParts, declared: Declared) -> CommitRecord:
     group, partition = parts.group, parts.task.partition
     sources = [TopicPartition(topic, partition) for topic in group.sources]
     offsets = await parts.transport.offsets(sources)
-    at = {tp: o.begin if group.start_at == "earliest" else o.stable for tp, o in offsets.items()}
+    at = {tp: o.begin for tp, o in offsets.items()}
     positions = {
         agent: {tp: int(at[tp]) for topic in topics if (tp := TopicPartition(topic, partition)) in at}
         for agent, topics in group.agents.items()

@@ -14,7 +14,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,6 @@ class TaskView:
     restarts: int = 0
     problem: str | None = None
     """Why the task does not run, in words; None while it does."""
-    lag: dict[str, int | None] = field(default_factory=dict)
 
 
 class Task:
