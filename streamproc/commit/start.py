@@ -36,7 +36,7 @@ class Found:
 
     record: CommitRecord | None
     changelog_records: Mapping[str, int]
-    """Changelog topic -> how many offsets its partition holds (end - begin)."""
+    """Changelog topic -> how many committed records its partition holds; asked for only where there is no record."""
 
 
 def topology_hash(declared: Declared) -> str:

@@ -23,7 +23,7 @@ from streamproc.state.overlay import table_prefix
 from streamproc.state.restore import RestoreProgress, check_store, restore
 from streamproc.transport.contract import Membership, PartitionOffsets, TaskProducer, Transport
 
-__all__ = ["Fed", "GroupPlan", "Opened", "StartParts", "last_commit", "open_task", "require_same_code"]
+__all__ = ["Fed", "GroupPlan", "Opened", "StartParts", "last_commit", "open_task", "require_same_code", "task_folder"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ class GroupPlan:
         )
 
 
+def task_folder(state: Path, task: TaskId) -> Path:
+    """Where the task's store lies below the worker's ``state`` folder."""
+    return state / f"{task.group}-{task.partition}"
+
+
 @dataclass
 class StartParts:
     """What a start works with."""
@@ -113,7 +118,7 @@ async def open_task(parts: StartParts) -> Opened:
     changelogs = [TopicPartition(table.changelog, partition) for table in parts.group.tables]
     ends = await _settled(parts, [commits, *changelogs])
     record = await last_commit(parts.transport, parts.group.name, commits, ends[commits])
-    found = Found(record, {tp.topic: ends[tp].end - ends[tp].begin for tp in changelogs})
+    found = Found(record, await _held(parts, changelogs, ends) if record is None else {})
     declared = parts.group.declared(parts.task)
     _require_code_of(found, declared)
     first = record is None
@@ -171,6 +176,17 @@ async def _require_group_offsets(parts: StartParts, record: CommitRecord) -> Non
                 "`streamproc reset MODULE`.",
             )
         await parts.clock.sleep(limits.RETRY_BACKOFF_S)
+
+
+async def _held(
+    parts: StartParts, changelogs: Collection[TopicPartition], ends: Mapping[TopicPartition, PartitionOffsets]
+) -> dict[str, int]:
+    """Committed records of each changelog. Offsets alone prove nothing: a transaction that was given up leaves them too."""
+    held: dict[str, int] = {}
+    for tp in changelogs:
+        async for batch in parts.transport.read(tp, ends[tp].begin, ends[tp].end):
+            held[tp.topic] = held.get(tp.topic, 0) + len(batch)
+    return held
 
 
 def _require_code_of(found: Found, declared: Declared) -> None:

@@ -40,6 +40,8 @@ class FakeSink:
         self.down = False
         """While true every call raises `SinkUnavailable`."""
         self._slices_left: int | None = None
+        self._fell = False
+        """`fail_after` has struck."""
 
     @property
     def name(self) -> str:
@@ -53,6 +55,12 @@ class FakeSink:
         to false to mend."""
         self._slices_left = slices
 
+    def mend(self) -> None:
+        """Undo `fail_after`, struck or not."""
+        if self._slices_left is None and self._fell:
+            self.down = False
+        self._slices_left, self._fell = None, False
+
     def reach(self) -> None:
         """Raise `SinkUnavailable` while down."""
         if self.down:
@@ -62,7 +70,7 @@ class FakeSink:
         """One more slice is about to be written; see `fail_after`."""
         if self._slices_left is not None:
             if self._slices_left == 0:
-                self.down, self._slices_left = True, None
+                self.down, self._slices_left, self._fell = True, None, True
             else:
                 self._slices_left -= 1
         self.reach()

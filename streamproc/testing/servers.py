@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streamproc.core.clock import Clock, SystemClock
 from streamproc.core.errors import UserError, invariant
 
 if TYPE_CHECKING:
@@ -186,10 +187,14 @@ class Cable:
     """Forwards a unix socket to another and can be cut, so that a client loses a real server in the middle of a call.
 
     ``async with Cable(server_socket, own_socket) as cable: cable.cut_after(1000)``. While cut, connections are refused.
+    With ``bytes_per_s`` set it is slow: each connection carries no more than that from the client.
     """
 
-    def __init__(self, server: Path, own: Path) -> None:
+    def __init__(self, server: Path, own: Path, *, bytes_per_s: int | None = None, clock: Clock | None = None) -> None:
         self._server_path, self.path = server, own
+        self.bytes_per_s = bytes_per_s
+        """May be changed at any time; None: as fast as it goes."""
+        self._clock = clock or SystemClock()
         self._left: int | None = None
         self._wires: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -240,6 +245,8 @@ class Cable:
                     if self._left < 0:
                         self._cut()
                         return
+                if counted and self.bytes_per_s:
+                    await self._clock.sleep(len(data) / self.bytes_per_s)
                 target.write(data)
                 await target.drain()
         target.close()

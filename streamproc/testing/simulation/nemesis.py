@@ -1,0 +1,331 @@
+"""What happens to a cluster: crashes, rebalances, outages, old backups, full disks and people who set things by hand.
+
+Everything is drawn from the cluster's dice. What may end a worker (an operator's mistake) is announced with the error it
+must end with; a worker that ends by itself for any other reason breaks a promise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+from streamproc.core.errors import LogLost, UserError, WorkerFailure
+from streamproc.core.types import Offset, TopicPartition
+from streamproc.testing.simulation.cluster import Cluster, Worker
+from streamproc.testing.simulation.disk import Disk
+from streamproc.transport.contract import OutRecord
+
+__all__ = ["Nemesis"]
+
+WORKERS_MAX = 3
+DAY_MS = 24 * 3_600_000
+Act = Callable[[], Awaitable[None]]
+
+
+class Nemesis:
+    """``targets``: steps that workers are to die at, one after the other."""
+
+    def __init__(self, cluster: Cluster, targets: Sequence[str] = ()) -> None:
+        self.cluster, self.dice, self.targets = cluster, cluster.dice, list(targets)
+        self.feeding = asyncio.Event()
+        """Cleared while the source topics must not be written."""
+        self.feeding.set()
+        self._disks: list[Disk] = []
+        """Of workers that are gone, the latest last."""
+        self._old: Disk | None = None
+        self._hands_off = False
+        """No worker is started while an operator is at it."""
+        self._keeper: asyncio.Task[None] | None = None
+        self._seen: set[Worker] = set()
+        self._aimed: set[Worker] = set()
+        self._compactions = 0
+        self._backed_up_at = -1
+
+    async def torment(self) -> None:
+        """All of it; some twenty to forty seconds of virtual time."""
+        self._keeper = asyncio.create_task(self._keep(), name="keeper")
+        acts: list[tuple[Act, int]] = [
+            (self._storm, 4), (self._kill, 4), (self._kill_soon, 6), (self._restart, 3), (self._join, 2),
+            (self._rebalance, 2), (self._pause, 3), (self._sinks_fall, 3), (self._back_up_sinks, 2),
+            (self._roll_back_sinks, 2), (self._compact, 3), (self._lose_disk, 2), (self._keep_disk, 2),
+            (self._old_disk, 2), (self._disk_full, 2), (self._refuse, 2), (self._clock_back, 1),
+            (self._days_pass, 1), (self._hang_transaction, 1), (self._set_offsets, 1), (self._grow_source, 1),
+            (self._remake_source, 1),
+        ]  # fmt: skip
+        for _ in range(self.dice.randrange(4, 10)):
+            await asyncio.sleep(self.dice.choice((0.05, 1.0, 4.0)) * self.dice.random())
+            act = self.dice.choices([act for act, _ in acts], [weight for _, weight in acts])[0]
+            self.cluster.say(f"-- {getattr(act, '__name__', '')[1:]}")
+            await act()
+
+    async def make_peace(self) -> None:
+        """No more faults; zombies wake up, somebody runs."""
+        cluster = self.cluster
+        cluster.say("-- peace")
+        self.targets.clear()
+        cluster.disarm()
+        cluster.weather.calm()
+        for sink in cluster.sinks.values():
+            sink.down = False
+        for worker in cluster.workers:
+            cluster.loop.go_on(worker.process)
+        await asyncio.sleep(0.5)
+        if self._keeper is not None:
+            self._keeper.cancel()
+        self._account()
+        if not cluster.alive:
+            cluster.start(self._take_disk())
+
+    # ---- keeping workers running
+
+    async def _keep(self) -> None:
+        """Start again what ended, after a while, as a supervisor does."""
+        while True:
+            await asyncio.sleep(0.2)
+            self._account()
+            self._aim()
+            if not self._hands_off and len(self.cluster.alive) < 2 and self.dice.random() < 0.1:
+                self.cluster.start(self._take_disk())
+
+    def _account(self) -> None:
+        for worker in self.cluster.workers:
+            if worker.running or worker in self._seen:
+                continue
+            self._seen.add(worker)
+            self._disks.append(worker.remains or worker.disk)
+            self._judge(worker)
+
+    def _judge(self, worker: Worker) -> None:
+        failure = worker.reason
+        if failure is None and not worker.process.dead and worker.life is not None:
+            failure = worker.life.exception()
+        self.cluster.watch.require(failure is None, f"{worker.name} ended by itself: {failure!r}")
+
+    def _aim(self) -> None:
+        """Whoever is new is to die at a target; if it does not come by there, somebody else later, and it elsewhere."""
+        self.targets = [target for target in self.targets if target not in self.cluster.died]
+        for worker in self.cluster.alive if not self._hands_off else ():
+            if self.targets and (worker not in self._aimed or self.dice.random() < 0.05):
+                self._aimed.add(worker)
+                self.targets.append(target := self.targets.pop(0))
+                self.cluster.arm(worker, target)
+
+    def _take_disk(self) -> Disk | None:
+        return self._disks.pop() if self._disks else None
+
+    def _one(self) -> Worker | None:
+        alive = self.cluster.alive
+        return self.dice.choice(alive) if alive else None
+
+    # ---- crashes and rebalances
+
+    async def _kill(self) -> None:
+        if (worker := self._one()) is not None:
+            self.cluster.kill(worker)
+
+    async def _kill_soon(self) -> None:
+        if (worker := self._one()) is not None:
+            self.cluster.arm(worker, None, self.dice.randrange(1, 300))
+
+    async def _restart(self) -> None:
+        if (worker := self._one()) is not None:
+            self._seen.add(worker)
+            disk = await self.cluster.stop(worker)
+            self._judge(worker)
+            await asyncio.sleep(self.dice.uniform(0, 2))
+            self.cluster.start(disk)
+
+    async def _join(self) -> None:
+        if len(self.cluster.alive) < WORKERS_MAX:
+            self.cluster.start(self._take_disk())
+
+    async def _rebalance(self) -> None:
+        self.cluster.coordinator.rebalance()
+
+    async def _pause(self) -> None:
+        """A zombie, if its session ends meanwhile."""
+        worker = self._one()
+        if worker is None or len(self.cluster.alive) < 2 or worker in self.cluster.paused:
+            return
+        self.cluster.loop.pause(worker.process)
+        self.cluster.paused.append(worker)
+
+        async def wake() -> None:
+            await asyncio.sleep(self.dice.uniform(1, 20))
+            self.cluster.say(f"{worker.name} wakes up")
+            self.cluster.paused.remove(worker)
+            self.cluster.loop.go_on(worker.process)
+
+        self.cluster.spawn(wake())
+
+    # ---- the outside
+
+    async def _storm(self) -> None:
+        """Calls fail, answers are lost, everything is slow, for a while."""
+        weather = self.cluster.weather
+        weather.broker = self.dice.choice((0.0, 0.02, 0.1))
+        weather.sink = self.dice.choice((0.0, 0.05, 0.2))
+        weather.slow = self.dice.choice((0.0, 0.0, 0.05))
+
+        async def end() -> None:
+            await asyncio.sleep(self.dice.uniform(1, 8))
+            weather.broker = weather.sink = weather.slow = 0.0
+
+        self.cluster.spawn(end())
+
+    async def _sinks_fall(self) -> None:
+        sinks = [sink for sink in self.cluster.sinks.values() if self.dice.random() < 0.7]
+        for sink in sinks:
+            sink.down = True
+
+        async def mend() -> None:
+            await asyncio.sleep(self.dice.uniform(0.5, 8))
+            for sink in sinks:
+                sink.down = False
+
+        self.cluster.spawn(mend())
+
+    async def _back_up_sinks(self) -> None:
+        self._backed_up_at = self._compactions
+        for sink in self.cluster.sinks.values():
+            sink.back_up()
+
+    async def _roll_back_sinks(self) -> None:
+        """To a backup that the changelog can still make up for: rows that left by retention are only there until it is
+        compacted."""
+        if self._backed_up_at != self._compactions:
+            return
+        for sink in self.cluster.sinks.values():
+            if self.dice.random() < 0.7 and sink.roll_back():
+                self.cluster.weather.note("sink rolled back")
+
+    async def _compact(self) -> None:
+        self._compactions += 1
+        for topic in self.cluster.broker.compacted():
+            await self.cluster.broker.compact_some(topic, self.dice.choice((0.3, 0.7, 1.0)))
+
+    async def _hang_transaction(self) -> None:
+        """Somebody's transaction stays open in a changelog until it times out."""
+        topics = [topic for topic in self.cluster.broker.compacted() if topic.endswith("-changelog")]
+        if topics:
+            tp = TopicPartition(self.dice.choice(topics), 0)
+            producer = self.cluster.broker.producer("somebody else")
+            await producer.fence()
+            await producer.produce({tp: [OutRecord(b"\x00nobody", b"")]})
+            if (worker := self._one()) is not None:
+                self.cluster.kill(worker)
+
+    async def _refuse(self) -> None:
+        self.cluster.weather.refuse = 1
+
+    async def _clock_back(self) -> None:
+        if (worker := self._one()) is not None:
+            worker.clock.skew_ms -= self.dice.randrange(3_600_000)
+
+    # ---- disks
+
+    async def _lose_disk(self) -> None:
+        if (worker := self._one()) is not None:
+            self.cluster.kill(worker, "and its disk is lost")
+            self._seen.add(worker)
+            self.cluster.start()
+
+    async def _keep_disk(self) -> None:
+        if (worker := self._one()) is not None:
+            self._old = self.cluster.copy_disk(worker.disk)
+
+    async def _old_disk(self) -> None:
+        if self._old is not None:
+            if (worker := self._one()) is not None:
+                self.cluster.kill(worker)
+            old, self._old = self._old, None
+            self.cluster.say("an old copy of a disk is brought back")
+            self.cluster.start(old)
+
+    async def _disk_full(self) -> None:
+        self.cluster.weather.disk_full = self.dice.randrange(1, 4)
+
+    # ---- time, and people
+
+    async def _days_pass(self) -> None:
+        """Nobody ran for longer than tombstones are kept, and the log was compacted."""
+        async with self._operator():
+            self.cluster.clock.skew_ms += 8 * DAY_MS
+            self._compactions += 1
+            for topic in self.cluster.broker.compacted():
+                await self.cluster.broker.compact(topic)
+
+    async def _set_offsets(self) -> None:
+        async with self._operator():
+            record = self.cluster.watch.records.get(("read-events", 0))
+            if record is None or (at := record.positions["events"]["events:0"]) == 0:
+                return
+            tp = TopicPartition("events", 0)
+            await self._set_group_offset(tp, at - 1)
+            await self._must_refuse(UserError, "somebody has set the group's offsets")
+            await self._set_group_offset(tp, at)
+
+    async def _set_group_offset(self, tp: TopicPartition, at: int) -> None:
+        producer = self.cluster.broker.producer("operator")
+        await producer.fence()
+        await producer.send_offsets({tp: Offset(at)}, "sim")
+        await producer.end(commit=True)
+
+    async def _grow_source(self) -> None:
+        async with self._operator():
+            count = self.cluster.broker.count("events")
+            self.cluster.broker.set_partitions("events", count + 1)
+            await self._must_refuse(UserError, "partitions")
+            self.cluster.broker.set_partitions("events", count)
+
+    async def _remake_source(self) -> None:
+        """Deleted and made again, empty; then somebody brings the records back."""
+        async with self._operator():
+            record = self.cluster.watch.records.get(("read-events", 0))
+            if record is None or record.positions["events"]["events:0"] == 0:
+                return
+            backup = await self.cluster.back_up("events")
+            await self.cluster.remake("events", {})
+            await self._must_refuse(LogLost, "events")
+            await self.cluster.remake("events", backup)
+
+    @contextlib.asynccontextmanager
+    async def _operator(self) -> AsyncIterator[None]:
+        """Nobody runs and nobody writes meanwhile."""
+        self._hands_off = True
+        self.feeding.clear()
+        self.cluster.disarm()
+        for worker in self.cluster.alive:
+            self.cluster.kill(worker)
+        self._account()
+        await asyncio.sleep(16)  # open transactions time out
+        try:
+            yield
+        finally:
+            self._hands_off = False
+            self.feeding.set()
+
+    async def _must_refuse(self, kind: type[WorkerFailure], words: str) -> None:
+        """A worker that starts now stops with an error of this kind that has these words in it."""
+        cluster = self.cluster
+        before = cluster.weather.broker, cluster.weather.sink, cluster.weather.slow
+        sinks = {sink: sink.down for sink in cluster.sinks.values()}
+        cluster.weather.calm()
+        for sink in sinks:
+            sink.down = False
+        worker = cluster.start(self._take_disk())
+        self._seen.add(worker)
+        for _ in range(600):
+            if not worker.running:
+                break
+            await asyncio.sleep(0.2)
+        else:
+            cluster.kill(worker, "for it went on")
+        fits = isinstance(worker.reason, kind) and words in str(worker.reason)
+        cluster.watch.require(fits, f"{worker.name} was to stop with {kind.__name__} “…{words}…”: {worker.reason!r}")
+        cluster.weather.note(f"refused to start: {kind.__name__}")
+        self._disks.append(worker.remains or worker.disk)
+        cluster.weather.broker, cluster.weather.sink, cluster.weather.slow = before
+        for sink, down in sinks.items():
+            sink.down = down

@@ -1,0 +1,89 @@
+"""A sink that can be down, slow, fail half-way, lose an answer and be rolled back to an older backup."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection
+
+from streamproc.commit.ledger import Ledger
+from streamproc.core.errors import SinkUnavailable
+from streamproc.sinks.contract import SinkRows, TableShape
+from streamproc.testing.fake_sink import FakeSink, FakeWriter
+from streamproc.testing.simulation.broker import Weather
+from streamproc.testing.simulation.loop import Process, current_process
+from streamproc.testing.simulation.watch import Watch
+
+__all__ = ["SimulatedSink"]
+
+
+class SimulatedSink(FakeSink):
+    """One for the whole run, under the name the application's own sink has."""
+
+    def __init__(self, name: str, weather: Weather, watch: Watch) -> None:
+        super().__init__(name)
+        self.weather, self.watch = weather, watch
+        self._backup: tuple[object, object] | None = None
+
+    def writer(self, shape: TableShape, app_id: str, partition: int) -> FakeWriter:
+        process = current_process()
+        assert process is not None
+        return SimulatedWriter(self, shape, app_id, partition, process)
+
+    def back_up(self) -> None:
+        self._backup = copy.deepcopy((self.rows, self.ledgers))
+
+    def roll_back(self) -> bool:
+        """Bring the last backup back, if there is one."""
+        if self._backup is None:
+            return False
+        self.rows, self.ledgers = copy.deepcopy(self._backup)  # type: ignore[assignment]
+        return True
+
+
+class SimulatedWriter(FakeWriter):
+    """See `sinks.contract.SinkWriter`; each call is a request and an answer."""
+
+    def __init__(self, sink: SimulatedSink, shape: TableShape, app_id: str, partition: int, process: Process) -> None:
+        super().__init__(sink, shape, app_id, partition)
+        self._world, self._process = sink, process
+        self._task = (f"table-{shape.table}", partition)
+
+    async def open(self) -> None:
+        await self._arrives("open")
+        await super().open()
+
+    async def read(self) -> Ledger | None:
+        await self._arrives("read")
+        return await super().read()
+
+    async def apply(self, rows: SinkRows | None, *, held: Ledger | None, moved: Ledger) -> None:
+        await self._arrives("apply")
+        self._world.watch.sunk(self._process, self._task, moved)
+        weather = self._world.weather
+        if rows is not None and weather.strikes(weather.sink, "sink half-way"):
+            self._world.fail_after(weather.dice.randrange(3))
+        try:
+            await super().apply(rows, held=held, moved=moved)
+        finally:
+            self._world.mend()
+        if weather.strikes(weather.sink, "sink asked twice"):
+            await super().apply(rows, held=held, moved=moved)
+        await self._returns("apply")
+
+    async def prune(self, live: Collection[tuple[object, ...]], *, since_ms: int, mine: Callable[[tuple[object, ...]], bool],
+                    held: Ledger) -> int:  # fmt: skip
+        await self._arrives("prune")
+        gone = await super().prune(live, since_ms=since_ms, mine=mine, held=held)
+        await self._returns("prune")
+        return gone
+
+    async def _arrives(self, call: str) -> None:
+        self._world.watch.require_alive(self._process, f"a sink's {call}")
+        await self._world.weather.pass_time()
+        if self._world.weather.strikes(self._world.weather.sink, f"sink: lost request: {call}"):
+            raise SinkUnavailable(f"The simulation lost the sink's {call}.")
+
+    async def _returns(self, call: str) -> None:
+        await self._world.weather.pass_time()
+        if self._world.weather.strikes(self._world.weather.sink, f"sink: lost answer: {call}"):
+            raise SinkUnavailable(f"The simulation lost the answer to the sink's {call}.")

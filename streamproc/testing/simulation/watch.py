@@ -1,0 +1,110 @@
+"""What must hold at every step of a simulated run, whatever fails.
+
+The watch sees every transaction the broker commits, every write of a store and every step of a sink, and keeps the first
+promise that was broken with the step and the moment.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from streamproc.commit import record as commit_record
+from streamproc.commit.ledger import Ledger
+from streamproc.commit.record import CommitRecord
+from streamproc.core.types import TopicPartition
+from streamproc.state.contract import StoreMeta
+from streamproc.testing.simulation.loop import Process
+from streamproc.transport.contract import OutRecord
+
+__all__ = ["Broken", "Watch"]
+
+
+class Broken(AssertionError):
+    """A promise of `docs/commit.md` or `docs/semantics.md` does not hold."""
+
+
+class Watch:
+    """One for a run; `broken` is what it found, in order."""
+
+    def __init__(self, now_s: Callable[[], float]) -> None:
+        self._now_s = now_s
+        self.broken: list[str] = []
+        self.records: dict[tuple[str, int], CommitRecord] = {}
+        """Last commit record by group and partition."""
+        self.epochs = 0
+        """Transactions committed."""
+        self.over = False
+        """The run has ended: what is thrown away now may say what it likes."""
+        self._expired: defaultdict[TopicPartition, dict[bytes, int]] = defaultdict(dict)
+        """Rows that left by retention, with the epoch they left in."""
+
+    def require(self, condition: object, what: str) -> None:
+        if not condition and not self.over:
+            self.broken.append(f"at {self._now_s():.3f} s: {what}")
+
+    def require_alive(self, process: Process, what: str) -> None:
+        self.require(not process.dead, f"dead worker {process.name} called {what}")
+
+    # ---- the log
+
+    def committed(self, process: Process, records: Sequence[tuple[TopicPartition, OutRecord]]) -> None:
+        """A transaction has become true."""
+        self.epochs += 1
+        commits = [(tp, record) for tp, record in records if tp.topic.endswith("-commits")]
+        self.require(len(commits) == 1, f"{process.name} committed a transaction with {len(commits)} commit records")
+        for tp, record in commits:
+            assert record.value is not None
+            assert record.key is not None
+            self._follow((record.key.decode(), tp.partition), commit_record.decode(record.value, str(tp)))
+        for tp, record in records:
+            if tp.topic.endswith("-changelog"):
+                self._row(tp, record)
+
+    def _follow(self, task: tuple[str, int], now: CommitRecord) -> None:
+        before, self.records[task] = self.records.get(task), now
+        where = f"{task[0]}:{task[1]}"
+        if before is None:
+            self.require(now.epoch == 1, f"{where} begins with epoch {now.epoch}")
+            return
+        self.require(now.log_id == before.log_id, f"{where} has begun another history")
+        self.require(now.epoch == before.epoch + 1, f"{where} went from epoch {before.epoch} to {now.epoch}")
+        self.require(now.incarnation in (before.incarnation, before.incarnation + 1),
+                     f"{where} went from incarnation {before.incarnation} to {now.incarnation}")  # fmt: skip
+        for agent, at in before.positions.items():
+            for name, position in at.items():
+                after = now.positions.get(agent, {}).get(name, -1)
+                self.require(after >= position, f"{where}: {agent} went back in {name} from {position} to {after}")
+        for agent, clocks in before.watermarks.items():
+            for name, clock in clocks.items():
+                after_ms = now.watermarks.get(agent, {}).get(name, clock).watermark
+                self.require(after_ms >= clock.watermark, f"{where}: the watermark of {agent} for {name} went back")
+
+    def _row(self, tp: TopicPartition, record: OutRecord) -> None:
+        epoch = int.from_bytes(dict(record.headers).get("e") or b"", "big")
+        expired = self._expired[tp]
+        assert record.key is not None
+        if record.value is None and dict(record.headers).get("x") == b"expire":
+            expired[record.key] = epoch
+        elif record.value is not None:
+            self.require(record.key not in expired, f"{tp}: a purged row was made again in epoch {epoch}")
+
+    # ---- stores and sinks
+
+    def stored(self, process: Process, task: tuple[str, int], meta: StoreMeta) -> None:
+        """A store is about to take a batch of writes."""
+        self.require_alive(process, "a store's write")
+        record = self.records.get(task)
+        fits = record.log_id == meta.log_id and meta.epoch <= record.epoch if record else meta.epoch == 0
+        self.require(fits,
+                     f"the store of {task} took epoch {meta.epoch}, which the log has not committed")  # fmt: skip
+
+    def sunk(self, process: Process, task: tuple[str, int], ledger: Ledger, *, reachable: bool = True) -> None:
+        """A sink is about to be moved."""
+        self.require_alive(process, "a sink")
+        record = self.records.get(task)
+        self.require(record is not None and record.log_id == ledger.log_id and ledger.epoch <= record.epoch,
+                     f"the sink of {task} took epoch {ledger.epoch}, which the log has not committed")  # fmt: skip
+        self.require(record is None or ledger.incarnation <= record.incarnation,
+                     f"the sink of {task} was claimed by incarnation {ledger.incarnation}, which was not committed")  # fmt: skip
+
