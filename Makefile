@@ -2,8 +2,10 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -q
+# Two processes, each with servers of its own, share the test files; ARGS="-n 0" makes it one.
+TWO := -n 2 --dist loadfile
 
-.PHONY: demo test check test-fast test-server test-kafka test-browser bench format clean
+.PHONY: demo test check test-fast test-server test-kafka test-browser simulate simulate-mutants chaos bench format clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
@@ -15,7 +17,7 @@ demo: $(VENV)/ready   ## the main job on real input on this machine alone; ARGS=
 
 test: $(VENV)/ready   ## everything
 	$(MAKE) --no-print-directory check
-	$(PYTEST) $(ARGS)
+	$(PYTEST) $(TWO) $(ARGS)
 
 check: $(VENV)/ready  ## formatter, linter, type checker, layers
 	$(VENV)/bin/ruff format --check --quiet .
@@ -24,7 +26,7 @@ check: $(VENV)/ready  ## formatter, linter, type checker, layers
 	$(VENV)/bin/lint-imports --no-logo 2>/dev/null || $(VENV)/bin/lint-imports
 
 test-fast: $(VENV)/ready  ## units and properties; no server, under 60 s
-	$(PYTEST) -m "not kafka and not server and not browser and not slow" $(ARGS)
+	$(PYTEST) $(TWO) -m "not kafka and not server and not browser and not slow" $(ARGS)
 
 test-server: $(VENV)/ready  ## contract suites and more on a real Postgres and Redis/Valkey
 	$(PYTEST) -m "server and not kafka" $(ARGS)
@@ -34,6 +36,17 @@ test-kafka: $(VENV)/ready   ## on a real Apache Kafka that the tests start, or o
 
 test-browser: $(VENV)/ready
 	$(PYTEST) -m browser $(ARGS)
+
+SECONDS := 120
+SEED := 1
+chaos: $(VENV)/ready   ## a real Kafka, Redis, Postgres and three workers, killed and paused at random: equal to the oracle
+	$(PY) -m chaos --seconds $(SECONDS) --seed $(SEED) $(ARGS)
+
+simulate: $(VENV)/ready  ## SEEDS runs from FROM on in virtual time, each with faults of its own
+	$(PY) -m simulation --seeds $(or $(SEEDS),1000) --from $(or $(FROM),0) $(if $(MUTANT),--mutant $(MUTANT)) $(ARGS)
+
+simulate-mutants: $(VENV)/ready  ## deliberate breaks of the protocol, one at a time: each must be caught
+	$(PY) -m simulation.hunt $(ARGS)
 
 bench: $(VENV)/ready  ## every benchmark, appended to benchmarks/results.jsonl
 	$(PY) -m benchmarks all --transport all --append $(ARGS)

@@ -1,4 +1,8 @@
-"""python -m benchmarks NAME --records N --transport kafka --json"""
+"""python -m benchmarks NAME --records N --transport kafka --json
+
+python -m benchmarks soak --seconds 600
+python -m benchmarks unavailability --transport kafka
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import soak, unavailability
 from benchmarks.run import FULL_RECORDS, NAMES, TRANSPORTS, run
 from streamproc.core.clock import SystemClock
 from streamproc.core.errors import StreamprocError
@@ -34,7 +39,12 @@ SHOWN: Final = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: every run was correct. 1: one was not, failed, or committed too seldom."""
-    given = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["soak"]:
+        return soak.main(words[1:])
+    if words[:1] == ["unavailability"]:
+        return unavailability.main(words[1:])
+    given = _parser().parse_args(words)
     errors = Console(stderr=True, highlight=False)
     names = NAMES if given.name == "all" else (given.name,)
     code = 0

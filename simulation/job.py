@@ -21,11 +21,14 @@ TABLES: dict[str, tuple[int, int]] = {"hourly": (HOUR_MS, 30 * 60_000), "daily":
 SCHEMAS = Path(__file__).parent / "schemas"
 
 
-def build(failed: set[Any]) -> App:
-    """``failed``: what the agents remember outside of the application, of records that fail once."""
+def build(failed: set[Any], *, idle: bool = False) -> App:
+    """``failed``: what the agents remember outside of the application, of records that fail once. ``idle``: a partition
+    without records holds nobody back, so that what is late is a matter of timing."""
+    event_time = sp.event_time("at", out_of_orderness="10m", idle="hold")
+    if idle:
+        event_time = sp.event_time("at", out_of_orderness="10m", idle="hold", idle_after="1500ms")
     app = App("sim", schemas=SCHEMAS, commit_interval="200ms")
-    events = app.topic("events", value_schema="event.avsc", partitions=PARTITIONS,
-                       event_time=sp.event_time("at", out_of_orderness="10m", idle="hold"))  # fmt: skip
+    events = app.topic("events", value_schema="event.avsc", partitions=PARTITIONS, event_time=event_time)
     stream = app.pipeline(events).dedupe("id", within="7d").group_by("country")
     hourly = (
         stream.window(sp.tumbling("1h"), allowed_lateness="30m", retain="2h")

@@ -48,7 +48,9 @@ class Input:
     @staticmethod
     def _words(dice: random.Random, partition: int) -> list[dict[str, Any]]:
         kinds = ["good"] * 40 + ["flaky"] * 2 + ["bad"]
-        return [{"key": f"{partition}{dice.choice('abcde')}", "n": at, "kind": dice.choice(kinds)} for at in range(WORDS)]
+        return [
+            {"key": f"{partition}{dice.choice('abcde')}", "n": at, "kind": dice.choice(kinds)} for at in range(WORDS)
+        ]
 
     def tables(self) -> tuple[dict[str, dict[Any, Any]], dict[str, list[tuple[int, int]]]]:
         """Rows of every table: (country, window's start) -> (n, amount, kinds); and late records: (partition, offset)."""
@@ -71,7 +73,8 @@ class Input:
                         groups[name][event["country"], start_ms].append(event)
         rows = {
             name: {
-                key: (len(of), sum(e["amount"] for e in of), len({e["amount"] for e in of})) for key, of in table.items()
+                key: (len(of), sum(e["amount"] for e in of), len({e["amount"] for e in of}))
+                for key, of in table.items()
             }
             for name, table in groups.items()
         }

@@ -10,7 +10,7 @@ from datetime import tzinfo
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar, overload
+from typing import Any, NoReturn, TypeVar, get_args, overload
 from urllib.parse import urlsplit
 
 import faust
@@ -23,13 +23,15 @@ from streamproc.avro.encode import Encoder
 from streamproc.avro.registry import DirectoryRegistry, Registry
 from streamproc.avro.rows import RowDecoder
 from streamproc.avro.schema import Schema, load_schema
+from streamproc.core import limits
 from streamproc.core.batch import RawBatch
 from streamproc.core.clock import Clock, SystemClock
 from streamproc.core.durations import Duration, milliseconds
 from streamproc.core.errors import InvariantBroken, StreamprocError, UserError
 from streamproc.eventtime.spec import EventTime
 from streamproc.operators.pipeline import Declaration, Pipeline, caller, compile
-from streamproc.runtime.agentwork import RowReader
+from streamproc.runtime.agentwork import OnFail, RowReader
+from streamproc.runtime.assignor import Assignor
 from streamproc.runtime.glue import FaustTransport
 from streamproc.runtime.runtime import Runtime
 from streamproc.runtime.surface import Agent, Table, TableManager, Topic
@@ -104,6 +106,7 @@ class App(faust.App):
     ``schemas``: folder of ``.avsc`` files with their ``ids.json``; read when the first schema is asked for.
     ``commit_interval``: time between two commits of a task, so also the least delay of a result.
     ``store``: ``rocksdb://`` or ``memory://``; either is restored from the changelog.
+    ``agent_on_fail``, ``agent_tries``: what `agent` takes for ``on_fail`` and ``tries`` where it is not told.
     ``clock``: processing time, for tests. Everything else is a setting of Faust.
     """
 
@@ -118,8 +121,13 @@ class App(faust.App):
         commit_interval: Duration = "1s",
         store: str = "rocksdb://",
         clock: Clock | None = None,
+        agent_on_fail: OnFail = "dead_letter",
+        agent_tries: int = limits.RECORD_FAILURES_MAX,
         **options: Any,
     ) -> None:
+        _check_failing("agent_on_fail", agent_on_fail, "agent_tries", agent_tries)
+        self.agent_on_fail: OnFail = agent_on_fail
+        self.agent_tries = agent_tries
         self.clock: Clock = clock or SystemClock()
         self.declaration = Declaration()
         self.failure: StreamprocError | None = None
@@ -135,7 +143,9 @@ class App(faust.App):
         options.setdefault("broker_session_timeout", 10.0)
         options.setdefault("broker_heartbeat_interval", 2.0)
         options.setdefault("worker_redirect_stdouts", False)
-        classes = {"Agent": Agent, "Table": Table, "TableManager": TableManager, "Topic": Topic, "Worker": Worker}
+        options.setdefault("table_standby_replicas", 0)
+        classes = {"Agent": Agent, "Table": Table, "TableManager": TableManager, "Topic": Topic, "Worker": Worker,
+                   "PartitionAssignor": Assignor}  # fmt: skip
         super().__init__(id, broker=broker, store=store, **{**classes, **options})
 
     # ---- what users declare
@@ -186,14 +196,23 @@ class App(faust.App):
             name or title, topic=title, columns=columns, event_time=topic.event_time, schema=schema
         )
 
-    def agent(self, channel: Any = None, **options: Any) -> Callable[[Callable[[Any], Any]], Agent]:
-        """Faust's decorator; the agent runs once in each task, inside its transaction."""
+    def agent(self, channel: Any = None, *, on_fail: OnFail | None = None, tries: int | None = None,
+              **options: Any) -> Callable[[Callable[[Any], Any]], Agent]:  # fmt: skip
+        """Faust's decorator; the agent runs once in each task, inside its transaction.
+
+        A record that raises in it is undone and given to it again, alone, until it has failed ``tries`` times (default:
+        the app's ``agent_tries``). Then ``on_fail`` (default: the app's ``agent_on_fail``): ``"dead_letter"`` sets it aside
+        and goes on, ``"stop"`` ends the worker in front of it, with the line that raised.
+        """
+        policy = self.agent_on_fail if on_fail is None else on_fail
+        limit = self.agent_tries if tries is None else tries
+        _check_failing("on_fail", policy, "tries", limit)
         where, declare = caller(), super().agent(channel, **options)
 
         def decorate(fun: Callable[[Any], Any]) -> Agent:
             agent = declare(fun)
             assert isinstance(agent, Agent)
-            agent.where = where
+            agent.where, agent.on_fail, agent.tries = where, policy, limit
             return agent
 
         return decorate
@@ -288,6 +307,7 @@ class App(faust.App):
             servers = [f"{url.host}:{url.port or 9092}" for url in self.conf.broker]
             return KafkaTransport(
                 servers, self.clock, client_id=self.conf.broker_client_id, assignor=self.assignor,
+                instance_id=self.conf.consumer_group_instance_id,
                 session_timeout_s=self.conf.broker_session_timeout,
                 heartbeat_interval_s=self.conf.broker_heartbeat_interval,
                 security=credentials_to_aiokafka_auth(self.conf.broker_credentials, self.conf.ssl_context),
@@ -384,6 +404,22 @@ def _checked_url(broker: str) -> str:
     except ValueError as error:
         raise UserError(f"The broker's URL is none: {error}.", remedy=_BROKER_REMEDY, where=caller()) from error
     return broker
+
+
+def _check_failing(policy_name: str, policy: Any, tries_name: str, tries: Any) -> None:
+    """What becomes of a failing record is decided before the first one."""
+    if policy not in get_args(OnFail):
+        raise UserError(
+            f"{policy_name}={policy!r} is not known.",
+            remedy=f'Write {policy_name}="dead_letter" or {policy_name}="stop".',
+            where=caller(),
+        )
+    if type(tries) is not int or tries < 1:
+        raise UserError(
+            f"{tries_name}={tries!r} is not a number of tries.",
+            remedy=f"Write a whole number from 1 on, such as {tries_name}={limits.RECORD_FAILURES_MAX}.",
+            where=caller(),
+        )
 
 
 _OF_VALUES = frozenset({"schema", "key_type", "value_type", "key_serializer", "value_serializer"})

@@ -15,6 +15,7 @@ from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.protocol import admin, commit, fetch, group, metadata, offset, produce, transaction
 
 from streamproc.core.types import TopicPartition
+from streamproc.transport.kafka.heartbeat import StaticHeartbeat
 from streamproc.transport.kafka.names import PRIVATE_NAMES
 from streamproc.transport.kafka.wire import by_topic, kafka_tp
 
@@ -33,7 +34,7 @@ def names_of(schema: object) -> list[str]:
 
 
 def test_the_list_names_what_these_tests_cover() -> None:
-    assert len(PRIVATE_NAMES) == 12
+    assert len(PRIVATE_NAMES) == 13
     assert aiokafka.__version__.startswith("0.14.")
 
 
@@ -106,6 +107,7 @@ def test_a_produce_answer_has_partition_code_and_offset_first() -> None:
         (admin.DescribeConfigsRequest([(2, "t", ["cleanup.policy"])]), admin.DescribeConfigsRequest_v2),
         (admin.DeleteRecordsRequest([("t", [(0, 5)])], 5_000), admin.DeleteRecordsRequest_v2),
         (group.HeartbeatRequest("group", 3, "member"), group.HeartbeatRequest_v1),
+        (StaticHeartbeat("group", 3, "member", "instance"), StaticHeartbeat._CLASSES[0]),
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
@@ -139,6 +141,8 @@ def test_the_consumer_keeps_its_coordinator_with_generation_member_and_errors() 
     source = inspect.getsource(GroupCoordinator.__init__)
     assert "self.generation = " in source
     assert "self.member_id = " in source
+    assert parameters(GroupCoordinator._send_req) == ["self", "request"]
+    assert "resp = await self._send_req(request)" in inspect.getsource(GroupCoordinator._do_heartbeat)
     assert "self._coordinator = GroupCoordinator(" in inspect.getsource(aiokafka.AIOKafkaConsumer.start)
 
 

@@ -1,4 +1,5 @@
-"""Workers attacked on a real Kafka: stopped past their session, blocked, killed, given an old store, beside other code.
+"""Workers attacked on a real Kafka: blocked, killed, given an old store, beside other code. One that is stopped past its
+session is in `test_fencing_kafka`.
 
 Each test was a search for records lost, doubled or kept waiting; what stays here is the schedule, and that it is exact.
 """
@@ -9,10 +10,10 @@ import asyncio
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,6 @@ from typing import Any
 
 import pytest
 
-from demo.data import make_feed
-from demo.oracle import expect
 from streamproc.core.clock import SystemClock
 from streamproc.core.partitioner import partition_of
 from streamproc.core.types import TopicPartition
@@ -31,7 +30,6 @@ from streamproc.testing.kafka_server import KafkaServer
 from streamproc.transport.contract import OutRecord, TopicSpec
 from streamproc.transport.kafka import KafkaTransport
 from tests.apps import read_all, read_batches
-from tests.test_kafka_main_job import Place, differences, feed_kafka, place
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
 
@@ -49,12 +47,13 @@ from streamproc.core import limits
 
 FOLDER, NAME = Path(os.environ["TEST_FOLDER"]), os.environ["TEST_NAME"]
 limits.FETCH_PARTITION_BYTES_MAX = 4096
-app = sp.App("totals", broker=os.environ["TEST_BROKER"], commit_interval="200ms", topic_partitions=4)
+APP = os.environ["TEST_APP"]
+app = sp.App(APP, broker=os.environ["TEST_BROKER"], commit_interval="200ms", topic_partitions=4)
 app.conf.broker_session_timeout = 6.0
 app.conf.broker_heartbeat_interval = 1.0
 app.conf.datadir = FOLDER / f"state-{NAME}"
-orders = app.topic("orders", partitions=4, value_serializer="json", key_type=bytes)
-results = app.topic("results", partitions=4, value_serializer="json", key_type=bytes)
+orders = app.topic(f"{APP}-orders", partitions=4, value_serializer="json", key_type=bytes)
+results = app.topic(f"{APP}-results", partitions=4, value_serializer="json", key_type=bytes)
 totals = app.Table(os.environ.get("TEST_TABLE", "sums"), default=int, partitions=4)
 BLOCK = FOLDER / f"block-{NAME}"
 
@@ -90,6 +89,7 @@ class Crew:
 
     def __init__(self, folder: Path, kafka: KafkaServer) -> None:
         self.folder, self.kafka = folder, kafka
+        self.app = f"totals-{uuid.uuid4().hex[:8]}"
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         (folder / "totals_worker.py").write_text(WORKER)
 
@@ -98,6 +98,7 @@ class Crew:
         settings = {
             "TEST_FOLDER": str(self.folder),
             "TEST_NAME": name,
+            "TEST_APP": self.app,
             "TEST_BROKER": f"kafka://{self.kafka.bootstrap}",
         }
         command = [sys.executable, "-m", "faust", "-A", "totals_worker", "worker", "--without-web", "-l", "info"]
@@ -138,43 +139,40 @@ class Crew:
 
 
 @contextmanager
-def crew(folder: Path) -> Iterator[Crew]:
-    """A broker with all records in its topic. On an outside broker, which outlives this test, the topics go first."""
-    with KafkaServer(folder / "kafka") as kafka:
-        found = Crew(folder, kafka)
-        asyncio.run(_fill(kafka.bootstrap))
-        try:
-            yield found
-        finally:
-            for name in list(found.running):
-                found.kill(name)
+def crew(folder: Path, kafka: KafkaServer) -> Iterator[Crew]:
+    """With all records in the topic of its application, which has a name of its own."""
+    found = Crew(folder, kafka)
+    asyncio.run(_fill(kafka.bootstrap, found.app))
+    try:
+        yield found
+    finally:
+        for name in list(found.running):
+            found.kill(name)
 
 
-async def _fill(bootstrap: str) -> None:
+async def _fill(bootstrap: str, app: str) -> None:
     transport = KafkaTransport(bootstrap, SystemClock())
     await transport.start()
     try:
-        ours = ["orders", "results", "totals-sums-changelog", "totals-agents-commits", "totals-orders-dead-letters"]
-        await transport.delete_topics([name for name in ours if await transport.partitions(name) is not None])
-        await transport.create_topics([TopicSpec(name, PARTITIONS) for name in ("orders", "results")])
+        await transport.create_topics([TopicSpec(f"{app}-{side}", PARTITIONS) for side in ("orders", "results")])
         records: dict[TopicPartition, list[OutRecord]] = {}
         for order in RECORDS:
             key = order["key"].encode()
-            tp = TopicPartition("orders", partition_of(key, PARTITIONS))
+            tp = TopicPartition(f"{app}-orders", partition_of(key, PARTITIONS))
             records.setdefault(tp, []).append(OutRecord(key, json.dumps(order).encode()))
         await transport.send(records)
     finally:
         await transport.stop()
 
 
-async def outcome(bootstrap: str) -> tuple[list[tuple[int, int]], dict[str, int]]:
+async def outcome(here: Crew) -> tuple[list[tuple[int, int]], dict[str, int]]:
     """What a `read_committed` reader sees: (id, total) of every result, and the table."""
-    transport = KafkaTransport(bootstrap, SystemClock())
+    transport = KafkaTransport(here.kafka.bootstrap, SystemClock())
     await transport.start()
     try:
-        results = [json.loads(value or b"") for _, _, value, _ in await read_all(transport, "results")]
+        results = [json.loads(value or b"") for _, _, value, _ in await read_all(transport, f"{here.app}-results")]
         table: dict[str, int] = {}
-        async for _, batch in read_batches(transport, "totals-sums-changelog"):
+        async for _, batch in read_batches(transport, f"{here.app}-sums-changelog"):
             table.update({unpack_key(row.key): unpack_value(row.value) for row in changelog.read(batch) if row.value})
         return sorted((result["id"], result["total"]) for result in results), table
     finally:
@@ -190,32 +188,10 @@ def wanted() -> tuple[list[tuple[int, int]], dict[str, int]]:
     return results, table
 
 
-def test_a_worker_stopped_beyond_its_session_wakes_and_changes_nothing(tmp_path: Path) -> None:
-    """Its transaction, its commits and its ledgers belong to the other one by then; and neither fences for ever."""
-    feed = make_feed(25)
-
-    def alone(here: Place) -> bool:
-        status = here.status("a")
-        return len(status["tasks"]) == 12 and bool(status["finished"])
-
-    with place(tmp_path) as here:
-        asyncio.run(feed_kafka(here, feed))
-        here.start("a")
-        here.start("b")
-        here.wait("both workers to be there", lambda: all((tmp_path / f"{n}.ready").exists() for n in "ab"), 60)
-        (tmp_path / "go").touch()
-        here.wait("b to read", lambda: here.status("b").get("read", 0) > 300, 60)
-        here.workers["b"].send_signal(signal.SIGSTOP)
-        try:
-            here.wait("a to end the job alone", lambda: alone(here), 90)
-        finally:
-            here.workers["b"].send_signal(signal.SIGCONT)
-        here.wait("b to be given tasks again", lambda: not alone(here) and here.done(tasks=12), 60)
-        assert asyncio.run(differences(here, expect(feed.injections))) == []
-
-
-def test_totals_are_exact_through_kills_a_blocked_loop_and_a_broker_that_dies(tmp_path: Path) -> None:
-    with crew(tmp_path) as here:
+def test_totals_are_exact_through_kills_a_blocked_loop_and_a_broker_that_dies(
+    tmp_path: Path, kafka: KafkaServer
+) -> None:
+    with crew(tmp_path, kafka) as here:
         here.start("a")
         here.start("b")
         here.wait("both to have committed", lambda: all(here.status(name)["done"] for name in "ab"))
@@ -231,12 +207,14 @@ def test_totals_are_exact_through_kills_a_blocked_loop_and_a_broker_that_dies(tm
         assert "nothing ran in this worker for" in here.log("b")
         assert "its session time-out is 6 s" in here.log("b")
         # aiokafka tries ten times a second, for each of its clients, and would say so each time.
-        assert here.log("b").count("Unable connect to node") + here.log("a").count("Unable connect to node") <= 10
-        assert asyncio.run(outcome(here.kafka.bootstrap)) == wanted()
+        assert here.log("b").count("Unable connect to node") + here.log("a").count("Unable connect to node") <= 20
+        assert asyncio.run(outcome(here)) == wanted()
 
 
-def test_a_store_that_is_replaced_by_an_old_copy_of_itself_is_rolled_forward(tmp_path: Path) -> None:
-    with crew(tmp_path) as here:
+def test_a_store_that_is_replaced_by_an_old_copy_of_itself_is_rolled_forward(
+    tmp_path: Path, kafka: KafkaServer
+) -> None:
+    with crew(tmp_path, kafka) as here:
         worker = here.start("a")
         here.wait("some commits", lambda: here.done() > 1_000)
         worker.terminate()
@@ -249,12 +227,14 @@ def test_a_store_that_is_replaced_by_an_old_copy_of_itself_is_rolled_forward(tmp
         (tmp_path / "old").rename(tmp_path / "state-a")
         here.start("a")
         here.wait("the end", here.finished)
-        assert asyncio.run(outcome(here.kafka.bootstrap)) == wanted()
+        assert asyncio.run(outcome(here)) == wanted()
 
 
-def test_other_code_is_refused_before_it_takes_a_partition_from_the_workers_that_run(tmp_path: Path) -> None:
+def test_other_code_is_refused_before_it_takes_a_partition_from_the_workers_that_run(
+    tmp_path: Path, kafka: KafkaServer
+) -> None:
     """It used to join first: a wrong deployment, started over and over, rebalanced the right one each time."""
-    with crew(tmp_path) as here:
+    with crew(tmp_path, kafka) as here:
         here.start("a")
         here.wait("some commits", lambda: here.done() > 500)
         wrong = here.start("wrong", TEST_TABLE="renamed")
@@ -264,4 +244,4 @@ def test_other_code_is_refused_before_it_takes_a_partition_from_the_workers_that
         assert "Joined group" not in here.log("wrong")
         here.wait("the end", here.finished)
         assert here.log("a").count("Joined group") == 1
-        assert asyncio.run(outcome(here.kafka.bootstrap)) == wanted()
+        assert asyncio.run(outcome(here)) == wanted()

@@ -8,7 +8,7 @@ import collections
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from streamproc.testing.kafka_server import KafkaServer
 from streamproc.transport.contract import OutRecord, TopicSpec
 from streamproc.transport.kafka import KafkaTransport
 from tests.apps import new_app, read_all, rows_of, running, until
-from tests.test_bad_input import (
+from tests.workers import (
     HEAD,
     HOUR,
     PLAN,
@@ -40,12 +40,6 @@ from tests.test_bad_input import (
 )
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
-
-
-@pytest.fixture(scope="module")
-def kafka() -> Iterator[KafkaServer]:
-    with KafkaServer() as server:
-        yield server
 
 
 @asynccontextmanager
@@ -182,7 +176,7 @@ async def count(stream):
 def test_a_broker_killed_under_load_and_back_again_loses_and_doubles_nothing(
     tmp_path: Path, kafka: KafkaServer
 ) -> None:
-    rows = 6_000
+    rows = 4_000
     expected = sorted(f"{p}-{i}" for p in (0, 1) for i in range(rows))
     by_country = dict(collections.Counter("ABC"[i % 3] for i in range(rows) for _ in "01"))
 
@@ -207,7 +201,7 @@ def test_a_broker_killed_under_load_and_back_again_loses_and_doubles_nothing(
             assert worker.poll() is None, out.read_text()
             assert time.monotonic() < end, out.read_text()
             time.sleep(0.05)
-        for pause in (1.0, 8.0):
+        for pause in (1.0, 4.0):
             kafka.kill()
             time.sleep(pause)
             kafka.start()

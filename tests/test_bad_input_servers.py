@@ -4,9 +4,7 @@ its own on the embedded log."""
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from streamproc.runtime.task import Phase, Task
 from streamproc.testing.servers import EmbeddedPostgres, EmbeddedRedis
 from streamproc.transport.contract import TopicSpec
 from tests.apps import events_avsc, log, new_app, running, until
-from tests.test_bad_input import (
+from tests.workers import (
     HEAD,
     HOUR,
     PLAN,
@@ -48,10 +46,10 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Servers:
-    """A Postgres and a Redis that have been started once, and the expected rows of what was sent so far."""
+    """A Postgres and a Redis, and the expected rows of what was sent so far."""
 
-    def __init__(self, folder: Path) -> None:
-        self.postgres, self.redis = EmbeddedPostgres(folder / "pg").start(), EmbeddedRedis(folder / "redis").start()
+    def __init__(self, postgres: EmbeddedPostgres, redis: EmbeddedRedis) -> None:
+        self.postgres, self.redis = postgres, redis
         self.dsn, self.url = self.postgres.dsn, self.redis.url
         self.sent: Counter[Key] = Counter()
 
@@ -84,16 +82,8 @@ class Servers:
 
 
 @pytest.fixture
-def servers() -> Iterator[Servers]:
-    # Not in pytest's own folder: each pytest run closes that to other users, and Postgres, if started by root, is one.
-    with tempfile.TemporaryDirectory(prefix="streamproc-") as folder:
-        servers = Servers(Path(folder))
-        try:
-            yield servers
-        finally:
-            servers.postgres.start()
-            servers.postgres.stop()
-            servers.redis.stop()
+def servers(emptied: tuple[EmbeddedPostgres, EmbeddedRedis]) -> Servers:
+    return Servers(*emptied)
 
 
 def job(folder: Path, *declared: Any) -> App:

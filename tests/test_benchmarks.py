@@ -21,6 +21,7 @@ from benchmarks.worker import Measured, measure
 from streamproc.core.clock import SystemClock
 from streamproc.core.errors import UserError
 from streamproc.core.partitioner import partition_of
+from streamproc.testing.kafka_server import KafkaServer
 
 RECORDS = 20_000
 
@@ -186,9 +187,9 @@ def test_the_command_shows_a_run_beside_the_last_one_and_keeps_it_when_asked_to(
 
 
 @pytest.mark.server
-@pytest.mark.parametrize(("name", "records"), [("pipeline", 500_000), ("agent", 150_000)])
+@pytest.mark.parametrize(("name", "records"), [("pipeline", 250_000), ("agent", 80_000)])
 def test_a_benchmark_on_the_embedded_log_is_measured_and_correct(name: str, records: int) -> None:
-    line = run(name, records, "embedded", clock=SystemClock())
+    line = run(name, records, "embedded", clock=SystemClock(), interval_s=0.02)
     assert line["correct"], line
     assert line["task_restarts"] == 0
     assert line["commits"] >= COMMITS_MIN
@@ -199,7 +200,10 @@ def test_a_benchmark_on_the_embedded_log_is_measured_and_correct(name: str, reco
 
 @pytest.mark.kafka
 @pytest.mark.server
-def test_a_benchmark_on_a_real_kafka_is_measured_and_correct() -> None:
-    line = run("agent", 150_000, "kafka", clock=SystemClock())
+def test_a_benchmark_on_a_real_kafka_is_measured_and_correct(
+    kafka: KafkaServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KAFKA_BOOTSTRAP", kafka.bootstrap)
+    line = run("agent", 100_000, "kafka", clock=SystemClock(), interval_s=0.02)
     assert line["correct"], line
     assert line["versions"]["kafka"]

@@ -33,7 +33,7 @@ def parameters(function: Any) -> list[str]:
 
 
 def test_the_list_names_what_these_tests_cover() -> None:
-    assert len(PRIVATE_NAMES) == 31
+    assert len(PRIVATE_NAMES) == 34
     assert version("faust-streaming").startswith("0.15.")
     assert version("mode-streaming").startswith("0.7.")
 
@@ -267,3 +267,14 @@ def test_wait_for_stopped_waits_for_an_asyncio_event() -> None:
         assert await service.wait_for_stopped(asyncio.Event()) is True  # type: ignore[arg-type]
 
     asyncio.run(scenario())
+
+
+def test_the_leader_hands_its_assignment_through_one_method_and_members_know_their_standbys() -> None:
+    app = stock()
+    app.tables  # noqa: B018 - the assignor reads it
+    assignor = app.assignor
+    assert parameters(assignor._global_table_standby_assignments) == ["assignments", "partitions_by_topic"]
+    assert "self._global_table_standby_assignments(" in inspect.getsource(type(assignor)._perform_assignment)
+    assert assignor._decompress(assignor._compress(b"metadata")) == b"metadata"
+    assert assignor.assigned_standbys() == set()
+    assert "assert metadata.url == str(self._url)" in inspect.getsource(type(assignor).on_assignment)

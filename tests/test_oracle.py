@@ -260,11 +260,10 @@ def test_the_oracle_knows_a_flight_s_own_bytes() -> None:
 
 
 @pytest.mark.server
-def test_rows_read_from_postgres_are_compared_cell_by_cell(tmp_path: Path) -> None:
+def test_rows_read_from_postgres_are_compared_cell_by_cell(emptied: tuple[EmbeddedPostgres, EmbeddedRedis]) -> None:
     import asyncpg
 
-    server = EmbeddedPostgres(tmp_path / "pg").start()
-    dsn = server.dsn
+    dsn = emptied[0].dsn
 
     async def go() -> tuple[list[str], list[str]]:
         connection = await asyncpg.connect(dsn)
@@ -282,20 +281,16 @@ def test_rows_read_from_postgres_are_compared_cell_by_cell(tmp_path: Path) -> No
         await connection.close()
         return equal, spoilt
 
-    try:
-        equal, spoilt = asyncio.run(go())
-    finally:
-        server.stop()
+    equal, spoilt = asyncio.run(go())
     assert equal == []
     assert len(spoilt) == 1
 
 
 @pytest.mark.server
-def test_rows_read_from_redis_are_compared_cell_by_cell(tmp_path: Path) -> None:
+def test_rows_read_from_redis_are_compared_cell_by_cell(emptied: tuple[EmbeddedPostgres, EmbeddedRedis]) -> None:
     from redis.asyncio import Redis
 
-    server = EmbeddedRedis(tmp_path / "redis").start()
-    url = server.url
+    url = emptied[1].url
 
     async def go() -> tuple[list[str], list[str]]:
         client = Redis.from_url(url)
@@ -309,9 +304,6 @@ def test_rows_read_from_redis_are_compared_cell_by_cell(tmp_path: Path) -> None:
         await client.aclose()
         return equal, spoilt
 
-    try:
-        equal, spoilt = asyncio.run(go())
-    finally:
-        server.stop()
+    equal, spoilt = asyncio.run(go())
     assert equal == []
     assert len(spoilt) == 1

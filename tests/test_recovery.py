@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,8 @@ def job() -> tuple[Feed, Expected]:
 
 
 @pytest.fixture
-def servers(tmp_path: Path) -> Iterator[tuple[EmbeddedPostgres, EmbeddedRedis]]:
-    postgres, redis = EmbeddedPostgres(tmp_path / "postgres").start(), EmbeddedRedis(tmp_path / "redis").start()
-    yield postgres, redis
-    redis.stop()
-    postgres.stop()
+def servers(emptied: tuple[EmbeddedPostgres, EmbeddedRedis]) -> tuple[EmbeddedPostgres, EmbeddedRedis]:
+    return emptied
 
 
 def flights(folder: Path, servers: tuple[EmbeddedPostgres, EmbeddedRedis], monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -140,6 +136,8 @@ def test_a_sink_rolled_back_to_an_older_copy_is_caught_up_from_the_changelog(
         app = flights(tmp_path, servers, monkeypatch)
         async with running(app):
             await until(lambda: app.runtime.counts().get("flights", 0) > 1_000, "the run to be under way")
+            owners = [task for task in app.runtime.tasks.values() if task.id.group.startswith("table-")]
+            await until(lambda: all(task.feeds for task in owners), "the sinks to be claimed")
             await asyncio.sleep(0.3)
             await copy("public", "backup")
             await until(app.runtime.finished, "the job to be done")

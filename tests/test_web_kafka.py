@@ -67,9 +67,9 @@ def wait_for(what: str, condition: Any) -> Any:
     return found
 
 
-def test_any_worker_answers_for_all_and_says_when_the_owner_is_gone(tmp_path: Path) -> None:
+def test_any_worker_answers_for_all_and_says_when_the_owner_is_gone(tmp_path: Path, kafka: KafkaServer) -> None:
     one, two = free_port(), free_port()
-    with KafkaServer() as kafka, workers(tmp_path, kafka.bootstrap, [one, two]) as running:
+    with workers(tmp_path, kafka.bootstrap, [one, two]) as running:
 
         def shared() -> bool:
             halves = [get(port, "/api/tasks", local="1")[1].get("tasks", []) for port in (one, two)]

@@ -15,6 +15,7 @@
         ├── UserError           a wrong setting, plan, schema or column: fact, place in the user's file, remedy
         │   └── RowRefused          a row that no table can hold; if an agent wrote it, its record is set aside instead
         ├── LogLost             the log is behind what was committed or applied: data was lost outside of us
+        ├── FencedInstanceId    another worker has joined the group under this worker's instance id
         └── InvariantBroken     a bug of ours
 
 A message states the fact with its value, then the remedy. `UserError` carries the place in the user's file.
@@ -25,6 +26,7 @@ from __future__ import annotations
 __all__ = [
     "BarrierTimeout",
     "BrokerUnavailable",
+    "FencedInstanceId",
     "InvariantBroken",
     "LedgerMoved",
     "LogLost",
@@ -113,6 +115,10 @@ class RowRefused(UserError):
 
 class LogLost(WorkerFailure):
     """The log holds less than what was committed or applied to a sink. Stopping is the only safe act."""
+
+
+class FencedInstanceId(WorkerFailure):
+    """Another worker has joined the group under this one's instance id: of two, the later one stays."""
 
 
 class InvariantBroken(WorkerFailure):

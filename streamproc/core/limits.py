@@ -27,12 +27,17 @@ EPOCH_BYTES_MAX: Final = 64 << 20
 """Uncommitted state and outputs of one task that force a commit before its interval is over."""
 SINK_QUEUE_EPOCHS_MAX: Final = 16
 """Committed epochs that wait for one sink of one task; beyond it the task's sources pause (back-pressure)."""
+SINK_QUEUE_BYTES_MAX: Final = 64 << 20
+"""Rows of committed epochs that wait for one sink of one task; beyond it, as beyond `SINK_QUEUE_EPOCHS_MAX`, its sources
+pause. The one epoch that goes over it is kept too: it is committed."""
+SINK_CATCH_UP_BYTES_MAX: Final = 8 << 20
+"""Rows handed to a sink at a time while it is rebuilt or caught up: a table may be larger than the memory."""
 SINK_TIMEOUT_S: Final = 10.0
 """One answer of Redis or Postgres."""
 DELETE_RETENTION_MS: Final = 7 * 24 * 3600 * 1000
 """`delete.retention.ms` of compacted internal topics: how long a tombstone is kept for a store or sink that is behind."""
 RECORD_FAILURES_MAX: Final = 3
-"""How often a record may fail its agent before it becomes a dead letter."""
+"""How often a record may fail its agent, unless the agent or the app says ``tries``, before ``on_fail`` is done."""
 TASK_INBOX_BYTES_MAX: Final = 16 << 20
 """Fetched bytes that wait for one task; beyond it the source is paused until half of it is worked off."""
 REFUSED_EPOCHS_MAX: Final = 3
@@ -49,6 +54,8 @@ REDIS_FIELDS_MAX: Final = 3_500
 """Columns of one row: a Lua call takes about 8,000 arguments, two to a field."""
 REDIS_SCAN_COUNT: Final = 1_000
 """Keys looked at per step when a rebuild lists a partition's rows."""
+POSTGRES_COPY_ROWS: Final = 2_000
+"""Rows of one COPY: a large epoch on a slow line is many answers within `SINK_TIMEOUT_S`, not one that never comes."""
 POSTGRES_READ_ROWS_MAX: Final = 10_000
 """Rows fetched at a time when a rebuild lists a partition's rows."""
 MARKER_WAIT_S: Final = 0.003
@@ -156,3 +163,15 @@ LOG_REPEAT_S: Final = 5.0
 """How often the client library may repeat one complaint about a broker that does not answer."""
 RESTORE_TELL_S: Final = 2.0
 """How often a restore that takes its time says in the log how far it is."""
+STANDBY_POLL_S: Final = 1.0
+"""How often a standby looks for new rows: what is younger is restored by the task that takes over."""
+STANDBY_BYTES_PER_S_MAX: Final = 32 << 20
+"""Changelog that one standby reads, so that catching up does not starve the tasks that run here."""
+STANDBY_READS_MAX: Final = 2
+"""Standbys of a worker that read at a time; each holds `READ_BUFFER_BYTES_MAX` and `RESTORE_WRITE_BYTES_MAX`."""
+STANDBY_FRESH_MS: Final = 60_000
+"""How often an idle standby notes that it is up to date, so that its store does not grow too old to go on."""
+STANDBY_FAILURES_QUIET: Final = 3
+"""Failures of a standby in a row before the log says so: a marker under way or a broker that moves is none."""
+STANDBY_RETRY_S_MAX: Final = 30.0
+"""Longest pause of a standby that fails."""

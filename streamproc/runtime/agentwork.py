@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from streamproc.commit.record import CommitRecord, tp_name
 from streamproc.core import limits
@@ -26,10 +26,14 @@ from streamproc.operators.source import Counters
 from streamproc.runtime.work import AgentFailed, Work
 from streamproc.transport.contract import OutRecord
 
-__all__ = ["CURRENT", "AgentSpec", "AgentWork", "Instance", "RowReader", "TaskStream", "Trouble"]
+__all__ = ["CURRENT", "AgentSpec", "AgentWork", "Instance", "OnFail", "RowReader", "TaskStream", "Trouble"]
 
 CURRENT: ContextVar[Instance] = ContextVar("streamproc_agent")
 """The instance whose code runs: set once, in the instance's own context, because an instance belongs to one task."""
+
+
+OnFail = Literal["dead_letter", "stop"]
+"""What becomes of a record that has failed its agent as often as it may: set aside, or the worker stops in front of it."""
 
 
 class RowReader(Protocol):
@@ -47,6 +51,9 @@ class AgentSpec:
     topics: tuple[str, ...]
     run: Callable[[TaskStream], Awaitable[None]]
     where: str
+    on_fail: OnFail = "dead_letter"
+    tries: int = limits.RECORD_FAILURES_MAX
+    """How often a record is given to the agent before ``on_fail`` is done; at least 1."""
 
 
 @dataclass
@@ -65,6 +72,14 @@ class Trouble:
     suspects: dict[tuple[str, TopicPartition], Suspect] = field(default_factory=dict)
     careful: dict[tuple[str, TopicPartition], int] = field(default_factory=dict)
     """Records below this offset run one an epoch: one of them wrote what the broker refused."""
+
+    def pause_s(self, agent: str) -> float:
+        """Before ``agent`` is tried again: nothing after a first failure, then ever longer. What failed it, a service it
+        calls say, may be back by then, and many tries are no spin."""
+        failures = max((known.failures for (name, _), known in self.suspects.items() if name == agent), default=0)
+        if failures < 2:
+            return 0.0
+        return min(limits.RETRY_BACKOFF_S * 2.0 ** min(failures - 2, 10), limits.RETRY_BACKOFF_S_MAX)
 
 
 class Turn(NamedTuple):
@@ -108,7 +123,8 @@ class Instance:
         self._speaks = first
         """Undecodable records are no agent's; the first agent of a topic sets them aside."""
         self._pending: deque[Pending] = deque()
-        self._size = 256
+        self._size = 16
+        """How many records it is handed at once: it finds out, and a first handful must not be an epoch too large."""
         self.loaded = False
         """Records are handed out whose positions do not count yet."""
         self._began = 0.0
@@ -305,6 +321,8 @@ class AgentWork(Work):
         async def run() -> None:
             CURRENT.set(instance)
             try:
+                if pause_s := self._trouble.pause_s(instance.spec.name):
+                    await self.clock.sleep(pause_s)
                 await instance.spec.run(TaskStream(instance))
             except asyncio.CancelledError as cancelled:
                 if instance not in self._instances:
@@ -357,19 +375,38 @@ class AgentWork(Work):
                 remedy="Mend the code before or after its `async for`.",
                 where=instance.spec.where,
             ) from failure
-        self._suspect(instance.spec.name, batch.tp, int(batch.offsets[row]), _line_of(failure))
+        self._suspect(instance.spec, batch.tp, int(batch.offsets[row]), _line_of(failure))
 
-    def _suspect(self, agent: str, tp: TopicPartition, offset: int, reason: str) -> None:
-        known = self._trouble.suspects.get((agent, tp))
+    def _suspect(self, spec: AgentSpec, tp: TopicPartition, offset: int, reason: str) -> None:
+        """Note one more failure of a record; `UserError`, which stops the worker, if its agent is to stop at it now."""
+        known = self._trouble.suspects.get((spec.name, tp))
         failures = known.failures + 1 if known is not None and known.offset == offset else 1
-        self._trouble.suspects[agent, tp] = Suspect(offset, failures, reason)
+        self._trouble.suspects[spec.name, tp] = Suspect(offset, failures, reason)
+        if spec.on_fail == "stop" and failures >= spec.tries:
+            raise UserError(
+                f"Agent {spec.name} failed {_times(failures)} on {tp.topic} partition {tp.partition}, offset {offset}: "
+                f"{reason}.",
+                remedy="Nothing of this record is committed: mend the agent and start again, it goes on here. With "
+                'on_fail="dead_letter" the record would be set aside.',
+                where=spec.where,
+            )
+
+    @property
+    def problem(self) -> str | None:
+        for (agent, tp), suspect in self._trouble.suspects.items():
+            tries = next((spec.tries for spec in self.specs if spec.name == agent), limits.RECORD_FAILURES_MAX)
+            return (
+                f"agent {agent} failed {suspect.failures} of {tries} tries on {tp.topic} partition {tp.partition}, "
+                f"offset {suspect.offset}: {suspect.reason}"
+            )
+        return None
 
     def refused(self, reason: str) -> bool:
         """The broker, or a table, refused the epoch: find the record by running them one an epoch, then treat it as failed."""
         if self._solo is not None and (turn := self._turn) is not None:
             if turn.set_aside:
                 return False  # it was the dead letter that is refused
-            self._suspect(self._solo.spec.name, turn.tp, turn.offset, reason)
+            self._suspect(self._solo.spec, turn.tp, turn.offset, reason)
             return True
         found = False
         for instance in self._instances:
@@ -427,16 +464,16 @@ class AgentWork(Work):
             self._solo = instance
             self._ask_commit()
             return 0
-        hopeless = suspect is not None and suspect.offset == offset and suspect.failures >= limits.RECORD_FAILURES_MAX
+        hopeless = suspect is not None and suspect.offset == offset and suspect.failures >= instance.spec.tries
         self._solo, self._turn = instance, Turn(pending.batch.tp, offset, hopeless)
         if hopeless and suspect is not None:
-            instance.skip(pending, f"agent {instance.spec.name} failed {suspect.failures} times: {suspect.reason}")
+            instance.skip(pending, f"agent {instance.spec.name} failed {_times(suspect.failures)}: {suspect.reason}")
             self._ask_commit()
             return 0
         return 1
 
     def chunk_done(self, instance: Instance) -> None:
-        if self._solo is instance:
+        if self._solo is instance or self.size_bytes > limits.EPOCH_BYTES_MAX:
             self._ask_commit()
 
     def _ask_commit(self) -> None:
@@ -544,6 +581,10 @@ class _Shut(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return 0
+
+
+def _times(failures: int) -> str:
+    return "once" if failures == 1 else f"{failures} times"
 
 
 def _line_of(failure: BaseException) -> str:

@@ -41,5 +41,8 @@ PRIVATE_NAMES: Final[dict[str, str]] = {
     "faust.sensors.monitor.TableState": "keys updated and deleted of one table",
     "faust.web.drivers.aiohttp.Web.web_app": "the aiohttp application that the web view is mounted on",
     "faust.assignor.PartitionAssignor.external_topics_metadata": "which worker has which partitions, by its URL",
+    "faust.assignor.PartitionAssignor._global_table_standby_assignments": "the leader's last step before it sends: standbys",
+    "faust.assignor.PartitionAssignor._compress, _decompress": "of the metadata that goes with an assignment",
+    "faust.assignor.PartitionAssignor.assigned_standbys": "which partitions are to be kept warm here",
     "mode.Service.wait_for_stopped": "waits for an asyncio.Event or the service's end",
 }

@@ -7,7 +7,7 @@ import gc
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,8 @@ from streamproc.core.types import Offset, TaskId, TopicPartition
 from streamproc.runtime.monitor import SensorFeed
 from streamproc.runtime.ownerwork import OwnerWork
 from streamproc.runtime.sourcework import SourceWork
-from streamproc.runtime.start import require_same_code
+from streamproc.runtime.standby import Standby, StandbyEnvironment, Standbys
+from streamproc.runtime.start import require_same_code, task_folder
 from streamproc.runtime.task import Task, TaskEnvironment
 from streamproc.runtime.topology import Group, internal_topics, with_shared_topics
 from streamproc.runtime.warm import warm_up
@@ -85,6 +86,7 @@ class Runtime(Service):
         self.ready = asyncio.Event()
         self.groups: dict[str, Group] = {}
         self.tasks: dict[TaskId, Task] = {}
+        self.standbys = Standbys(lambda failure: self._spawn(self.app.crash(failure)))
         self.generation = -1
         self._transport: Transport | None = None
         self._membership: Membership | None = None
@@ -92,7 +94,7 @@ class Runtime(Service):
         self._partitions: dict[str, int] = {}
         self._without_key: dict[str, int] = {}
         self._runs: dict[TaskId, asyncio.Task[None]] = {}
-        self._background: set[asyncio.Task[Any]] = set()
+        self._background: dict[asyncio.Task[Any], None] = {}
         self._sensors = SensorFeed(app)
         self._warm: asyncio.Future[None] | None = None
 
@@ -239,8 +241,29 @@ class Runtime(Service):
         await self.close_tasks()
         await self.app.consumer.call_assigned({TP(*tp) for tp in assigned}, generation)
         self.app.on_rebalance_return()
+        await self._start_standbys(assigned)
         self._start_tasks(assigned)
         self._spawn(self._announce(list(self.tasks.values())))
+
+    async def _start_standbys(self, assigned: Collection[TopicPartition]) -> None:
+        """Before the tasks: one that was a standby here until now finds its store closed, and warm."""
+        warm = self._member().standbys() - set(assigned) if self.app.conf.table_standby_replicas else frozenset()
+        wanted = {
+            TaskId(name, partition): group.plan
+            for name, group in self.groups.items()
+            for partition in range(group.plan.partitions)
+            if group.plan.tables and warm.issuperset(TopicPartition(topic, partition) for topic in group.plan.sources)
+        }
+        await self.standbys.keep(wanted)
+        for task, plan in wanted.items():
+            self.standbys.start(Standby(task, plan, self._standby_env))
+
+    @cached_property
+    def _standby_env(self) -> StandbyEnvironment:
+        return StandbyEnvironment(
+            self.transport, self.clock, self.app.open_store, partial(task_folder, self.app.state_folder),
+            asyncio.Semaphore(limits.STANDBY_READS_MAX),
+        )  # fmt: skip
 
     def _start_tasks(self, assigned: Collection[TopicPartition]) -> None:
         held = set(assigned)
@@ -402,6 +425,7 @@ class Runtime(Service):
     async def on_stop(self) -> None:
         if self._membership is not None:
             await self._membership.stop()
+        await self.standbys.keep(())
         await self.close_tasks()
         for running in list(self._background):
             running.cancel()
@@ -410,16 +434,16 @@ class Runtime(Service):
 
     def _spawn(self, coroutine: Any) -> None:
         running = asyncio.ensure_future(coroutine)
-        self._background.add(running)
+        self._background[running] = None
         running.add_done_callback(self._background_ended)
 
     def _background_ended(self, running: asyncio.Task[Any]) -> None:
         """A pump that dies unheard would leave its partitions unread for ever."""
-        self._background.discard(running)
+        self._background.pop(running, None)
         if not running.cancelled() and (failure := running.exception()) is not None and not self.should_stop:
             crash = asyncio.ensure_future(self.app.crash(failure))
-            self._background.add(crash)
-            crash.add_done_callback(self._background.discard)
+            self._background[crash] = None
+            crash.add_done_callback(lambda ended: self._background.pop(ended, None))
 
 
 def _how_to_create(topic: str) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from streamproc.commit.ledger import CatchUp, Fenced, Ledger, Rebuild, advanced, decide_claim
 from streamproc.commit.record import CommitRecord
@@ -50,6 +51,14 @@ _LEAST_STATE: Final[dict[Emit, WindowState]] = {
 }
 Say = Callable[[str | None], None]
 """Shows a person what is being waited for; None: no longer."""
+
+
+class _Waiting(NamedTuple):
+    """A committed epoch that the sink has not taken yet."""
+
+    done: Committed
+    size_bytes: int
+    """Of its rows."""
 
 
 async def open_feeds(task: Task, wake: asyncio.Event, say: Say) -> list[SinkFeed]:
@@ -94,7 +103,11 @@ class SinkFeed:
         self.problem: str | None = None
         """Why the sink is behind, in words; None while it is not."""
         self._held: Ledger | None = None
-        self._queue: deque[Committed] = deque()
+        self._queue: deque[_Waiting] = deque()
+        self._queue_bytes = 0
+        self._at_once = limits.SINK_QUEUE_EPOCHS_MAX
+        """Epochs merged into one step: half as many after an outage, one more after each success. A sink too slow for all
+        that waits would else be given the same, and fail at the same, for ever."""
         self._more = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
@@ -106,7 +119,19 @@ class SinkFeed:
 
     @property
     def full(self) -> bool:
-        return len(self._queue) >= limits.SINK_QUEUE_EPOCHS_MAX
+        """More waits than may: the task gives its work nothing new."""
+        return len(self._queue) >= limits.SINK_QUEUE_EPOCHS_MAX or self._queue_bytes >= limits.SINK_QUEUE_BYTES_MAX
+
+    @property
+    def queued(self) -> tuple[int, int]:
+        """Epochs that wait, and the bytes of their rows."""
+        return len(self._queue), self._queue_bytes
+
+    @property
+    def delay(self) -> str:
+        """What a full queue means, in words."""
+        why = f"it is down: {self.problem}" if self.problem else "it is slower than its input"
+        return f"{len(self._queue)} epochs wait for sink {self.name}, and the input with them: {why}"
 
     @property
     def idle(self) -> bool:
@@ -118,7 +143,9 @@ class SinkFeed:
         return self._held.epoch if self._held is not None else 0
 
     def offer(self, done: Committed) -> None:
-        self._queue.append(done)
+        waiting = _Waiting(done, _size_bytes(done, self.table))
+        self._queue.append(waiting)
+        self._queue_bytes += waiting.size_bytes
         self._idle.clear()
         self._more.set()
 
@@ -166,9 +193,13 @@ class SinkFeed:
         await self.writer.apply(None, held=decision.held, moved=decision.claim)
         self._held = decision.claim
         if isinstance(decision, CatchUp):
-            rows: Rows = {}
+            rows, size_bytes = Rows(), 0
             async for key, value in self._replay(transport, decision.hint, decision.from_epoch):
                 rows[key] = value
+                size_bytes += len(key) + len(value or b"")
+                if size_bytes >= limits.SINK_CATCH_UP_BYTES_MAX:  # the ledger stays: a crash here repeats absolute rows
+                    await self.writer.apply(self._sink_rows(rows), held=self._held, moved=self._held)
+                    rows, size_bytes = Rows(), 0
             await self._move(self._sink_rows(rows), record.epoch, record.changelogs.get(self.table.changelog, 0))
         elif isinstance(decision, Rebuild):
             logger.info("sink %s of task %s is rebuilt: %s", self.name, self.task, decision.reason)
@@ -198,17 +229,19 @@ class SinkFeed:
                     yield row.key, row.value
 
     async def _rebuild(self, store: Store) -> None:
-        """No ledger, or none that can be trusted: upsert all live rows, then drop what is neither live nor past."""
-        prefix = table_prefix(self.table.name)
-        live: Rows = {key[len(prefix) :]: value for key, value in store.scan(prefix, table_stop(prefix))}
-        rows = self._sink_rows(live)
-        if rows is None:
-            return
+        """No ledger, or none that can be trusted: upsert all live rows, then drop what is neither live nor past.
+
+        Only the rows' identities are all in memory at once."""
         assert self._held is not None
-        await self.writer.apply(rows, held=self._held, moved=self._held)
-        starts = rows.upserts["window_start"].to_physical()
-        keys = rows.upserts.select(list(self.shape.keys)).rows()
-        identity = {(*key, start) for key, start in zip(keys, starts, strict=True)}
+        identity: set[tuple[Any, ...]] = set()
+        for live in _pages(store, table_prefix(self.table.name)):
+            rows = self._sink_rows(live)
+            if rows is None:
+                continue
+            await self.writer.apply(rows, held=self._held, moved=self._held)
+            starts = rows.upserts["window_start"].to_physical()
+            keys = rows.upserts.select(list(self.shape.keys)).rows()
+            identity.update((*key, start) for key, start in zip(keys, starts, strict=True))
         if identity:
             since_ms = min(start for *_, start in identity)
             await self.writer.prune(identity, since_ms=since_ms, mine=self._mine, held=self._held)
@@ -231,7 +264,7 @@ class SinkFeed:
             while not self._queue:
                 self._more.clear()
                 await self._more.wait()
-            epochs = list(self._queue)
+            epochs = [waiting.done for waiting in islice(self._queue, self._at_once)]
             try:
                 last = epochs[-1]
                 hint = last.applied.get(self.table.changelog, 0)
@@ -239,18 +272,25 @@ class SinkFeed:
             except SinkUnavailable as down:
                 self.problem = str(down)
                 logger.warning(
-                    "sink %s of task %s is down, %d epochs wait: %s", self.name, self.task, len(epochs), down
+                    "sink %s of task %s is down, %d epochs wait: %s", self.name, self.task, len(self._queue), down
                 )
+                self._at_once = max(len(epochs) // 2, 1)
                 await self.clock.sleep(pause)
                 pause = min(pause * 2, limits.RETRY_BACKOFF_S_MAX)
                 self._held = await self._reread() or self._held
-                continue
-            self.problem, pause = None, limits.RETRY_BACKOFF_S
-            for _ in epochs:
-                self._queue.popleft()
-            if not self._queue:
-                self._idle.set()
+            else:
+                self.problem, pause = None, limits.RETRY_BACKOFF_S
+                self._at_once = min(self._at_once + 1, limits.SINK_QUEUE_EPOCHS_MAX)
+            self._drop_applied()
             wake.set()
+
+    def _drop_applied(self) -> None:
+        """By the ledger, not by what was tried: a step that had no answer may have been taken all the same."""
+        while self._queue and self._queue[0].done.record.epoch <= self.applied_epoch:
+            self._queue_bytes -= self._queue.popleft().size_bytes
+        if not self._queue:
+            self.problem = None
+            self._idle.set()
 
     async def _reread(self) -> Ledger | None:
         """After an outage it is not known whether the last step was taken: ours found moved on means that it was."""
@@ -285,6 +325,23 @@ class SinkFeed:
             return None
         frame = self.work.results(live)
         return sink_rows(frame.drop("__epoch"), self.use.emit)
+
+
+def _size_bytes(done: Committed, table: StateTable) -> int:
+    return sum(len(change.key) + len(change.value or b"") for change in done.changes[table.name])
+
+
+def _pages(store: Store, prefix: bytes) -> Iterator[Rows]:
+    """The table's rows under their own keys, `SINK_CATCH_UP_BYTES_MAX` at a time."""
+    rows, size_bytes = Rows(), 0
+    for key, value in store.scan(prefix, table_stop(prefix)):
+        rows[key[len(prefix) :]] = value
+        size_bytes += len(key) + len(value)
+        if size_bytes >= limits.SINK_CATCH_UP_BYTES_MAX:
+            yield rows
+            rows, size_bytes = Rows(), 0
+    if rows:
+        yield rows
 
 
 def _merge(epochs: Iterable[Committed], table: StateTable) -> Rows:

@@ -13,11 +13,12 @@ from faust import agents, tables, topics
 from faust.types import TopicT
 from mode import Service, want_seconds
 
+from streamproc.core import limits
 from streamproc.core.errors import UserError
 from streamproc.core.partitioner import partition_of
 from streamproc.core.types import TopicPartition
 from streamproc.eventtime.spec import EventTime
-from streamproc.runtime.agentwork import CURRENT, AgentSpec, Instance, TaskStream
+from streamproc.runtime.agentwork import CURRENT, AgentSpec, Instance, OnFail, TaskStream
 from streamproc.runtime.topology import AGENTS
 from streamproc.transport.contract import OutRecord, TopicSpec
 
@@ -299,6 +300,8 @@ class Agent(agents.Agent):
     """
 
     where: str = ""
+    on_fail: OnFail = "dead_letter"
+    tries: int = limits.RECORD_FAILURES_MAX
 
     @property
     def in_tasks(self) -> bool:
@@ -334,7 +337,7 @@ class Agent(agents.Agent):
                 remedy="A task runs each agent once; add partitions and workers instead.",
                 where=self.where,
             )
-        return AgentSpec(self.name, tuple(self.get_topic_names()), self._run, self.where)
+        return AgentSpec(self.name, tuple(self.get_topic_names()), self._run, self.where, self.on_fail, self.tries)
 
     async def _run(self, stream: TaskStream) -> None:
         result = self.fun(stream)  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ from streamproc.core.types import Offset, TaskId, TopicPartition
 from streamproc.runtime.epoch import Committed, EpochParts, commit
 from streamproc.runtime.monitor import CommitWatch
 from streamproc.runtime.sinkfeed import SinkFeed, open_feeds
-from streamproc.runtime.start import GroupPlan, Opened, StartParts, open_task
+from streamproc.runtime.start import GroupPlan, Opened, StartParts, open_task, task_folder
 from streamproc.runtime.work import AgentFailed, Work
 from streamproc.state.contract import Store
 from streamproc.state.restore import RestoreProgress
@@ -93,7 +93,7 @@ class TaskView:
     commits: int = 0
     restarts: int = 0
     problem: str | None = None
-    """Why the task does not run, in words; None while it does."""
+    """Why the task does not run, or does not come forward, in words; None while it does."""
 
 
 class Task:
@@ -208,7 +208,7 @@ class Task:
         producer = env.transport.producer(f"{env.group.app_id}:{env.group.name}:{self.id.partition}")
         opened = await open_task(
             StartParts(self.id, env.group, env.consumer_group, env.transport, env.membership(), producer, env.clock,
-                       env.open_store, env.folder / f"{env.group.name}-{self.id.partition}", self._restoring)
+                       env.open_store, task_folder(env.folder, self.id), self._restoring)
         )  # fmt: skip
         self.store, self.record = opened.store, opened.record
         overlays = {table.name: table.overlay(opened.store) for table in env.group.tables}
@@ -266,6 +266,7 @@ class Task:
                 raise problem
             held = any(feed.full for feed in self.feeds)
             self._set(Phase.HELD if held else Phase.RUNNING)
+            self.view.problem = next((feed.delay for feed in self.feeds if feed.full), work.problem)
             if work.wants_commit or work.size_bytes > limits.EPOCH_BYTES_MAX or (self._due and work.dirty):
                 try:
                     await self._commit()

@@ -72,6 +72,11 @@ class Work(ABC):
     wants_commit: bool = False
     """A commit is asked for now, not at the next interval."""
 
+    @property
+    def problem(self) -> str | None:
+        """What it is stuck at, in words; None while it goes on."""
+        return None
+
     def __init__(self) -> None:
         self.wake: Callable[[], None] = lambda: None
         """Wakes the task's loop; set by the task."""

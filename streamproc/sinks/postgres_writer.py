@@ -123,11 +123,12 @@ class PostgresWriter:
         if frame.is_empty():
             return
         staging = await session.stage(self._staged(columns))
-        text = frame.select(columns).write_csv(include_header=False, quote_style="non_numeric").encode()
-        # One buffer, which asyncpg takes although its types do not say so: between two pieces of a file it waits
-        # without any time-out, and for ever if the connection dies there. (Plain bytes it takes for a path.)
-        block: Any = memoryview(text)
-        await session.connection.copy_to_table(staging, source=block, columns=columns, format="csv", null="")
+        for part in frame.select(columns).iter_slices(limits.POSTGRES_COPY_ROWS):  # each with a time-out of its own
+            text = part.write_csv(include_header=False, quote_style="non_numeric").encode()
+            # One buffer, which asyncpg takes although its types do not say so: between two pieces of a file it waits
+            # without any time-out, and for ever if the connection dies there. (Plain bytes it takes for a path.)
+            block: Any = memoryview(text)
+            await session.connection.copy_to_table(staging, source=block, columns=columns, format="csv", null="")
 
     def _staged(self, columns: list[str]) -> str:
         return ", ".join(f"{quoted(name)} {self._types[name]}" for name in columns)

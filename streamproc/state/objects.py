@@ -14,6 +14,7 @@ caller's own copy: changing it later changes nothing in the table.
 from __future__ import annotations
 
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from streamproc.state.contract import Store, Writes
@@ -23,7 +24,9 @@ from streamproc.state.packing import pack_key, pack_value, unpack_key, unpack_va
 __all__ = ["ObjectOverlay"]
 
 ROW_BYTES: Final = 200
-"""Taken for a row in `size_bytes`; what a user's object really holds is not cheap to know."""
+"""Taken for a row in `size_bytes`, beside what its value weighs."""
+_WEIGHED: Final = 8
+"""Of the rows written since `size_bytes` was last asked, how many are weighed for all of them."""
 _UNTRACKED: Final = frozenset({int, float, str, bytes, bool, type(None)})
 """Values of these types cannot change in place."""
 _NOTHING: Final = object()
@@ -52,7 +55,7 @@ class ObjectOverlay(dict[Any, Any]):
     the order of packed keys, whatever the order of writing, and ``len`` reads all rows.
     """
 
-    __slots__ = ("_default", "_deleted", "_packed", "_prefix", "_read", "_store", "table")
+    __slots__ = ("_default", "_deleted", "_packed", "_prefix", "_read", "_store", "_value_bytes", "_weighed", "table")
 
     def __init__(self, store: Store, table: str, default: Callable[[], Any] | None = None) -> None:
         super().__init__()
@@ -61,13 +64,22 @@ class ObjectOverlay(dict[Any, Any]):
         self._read: dict[Any, _Read] = {}
         self._deleted: set[Any] = set()
         self._packed: list[Change] = []
+        self._weighed = self._value_bytes = 0
 
     # ---- the epoch's end
 
     @property
     def size_bytes(self) -> int:
-        """A rough measure of the epoch: rows held, times `ROW_BYTES`."""
-        return ROW_BYTES * (super().__len__() + len(self._read) + len(self._deleted))
+        """A rough measure of the epoch: rows held, and their values by a sample of those that came since the last call."""
+        written = super().__len__()
+        if (new := written - self._weighed) > 0:
+            sample = [
+                _weight(super(ObjectOverlay, self).__getitem__(key))
+                for key in islice(super().__reversed__(), min(new, _WEIGHED))
+            ]
+            self._value_bytes += new * sum(sample) // len(sample)
+        self._weighed = written
+        return ROW_BYTES * (written + len(self._read) + len(self._deleted)) + self._value_bytes
 
     def changes(self) -> list[Change]:
         """One change per changed key, packed and in that order. The agents stand still from here to `drop`."""
@@ -94,6 +106,7 @@ class ObjectOverlay(dict[Any, Any]):
         """Forget the epoch: committed (the store has it) or aborted (nobody has)."""
         super().clear()
         self._read, self._deleted, self._packed = {}, set(), []
+        self._weighed = self._value_bytes = 0
 
     # ---- reading and writing one row
 
@@ -230,12 +243,24 @@ class ObjectOverlay(dict[Any, Any]):
             packed = self._store.get(self._prefix + row)
             if packed is not None:
                 found = self._read[key] = _Read(unpack_value(packed), row, packed, True)
+                self._value_bytes += len(packed)
         return found
 
     def _row(self, key: Any) -> bytes:
         """The key, packed; what was read is packed already."""
         read = self._read.get(key)
         return pack_key(key, self.table) if read is None else read.row
+
+
+def _weight(value: Any, depth: int = 0) -> int:
+    """Bytes of text in ``value``, and 8 for anything else; what is nested too deep is refused when it is packed."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if depth > 8 or not isinstance(value, list | tuple | set | frozenset | dict):
+        return 8
+    if isinstance(value, dict):
+        return sum(_weight(key, depth + 1) + _weight(held, depth + 1) for key, held in value.items())
+    return sum(_weight(item, depth + 1) for item in value)
 
 
 class _Items(ItemsView[Any, Any]):

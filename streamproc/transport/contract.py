@@ -114,6 +114,10 @@ class Membership(Protocol):
 
     def assignment(self) -> frozenset[TopicPartition]: ...
 
+    def standbys(self) -> frozenset[TopicPartition]:
+        """Partitions of other members whose tasks' state is to be kept warm here, as of the last assignment; never one of
+        `assignment`. Asked inside ``on_assigned``, and only where `table_standby_replicas` is not 0."""
+
     async def confirm(self) -> bool:
         """A fresh heartbeat says that this member is still in the generation it was last given."""
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamproc.core.batch import RawBatch
 from streamproc.core.clock import Clock
-from streamproc.core.errors import BrokerUnavailable, ProducerFenced, ProduceRefused, UnknownOutcome
+from streamproc.core.errors import BrokerUnavailable, ProduceRefused, ProducerFenced, UnknownOutcome
 from streamproc.core.types import Offset, TopicPartition
 from streamproc.testing.simulation.coordinator import SimulatedCoordinator, SimulatedMembership
 from streamproc.testing.simulation.loop import Process
@@ -100,7 +100,9 @@ class SimulatedBroker(EmbeddedTransport):
 
     def compacted(self) -> list[str]:
         """Topics that a broker compacts."""
-        return sorted(topic for topic in self._log.topics if any(p.compacted for p in self._log.topics.partitions(topic)))
+        return sorted(
+            topic for topic in self._log.topics if any(p.compacted for p in self._log.topics.partitions(topic))
+        )
 
     async def compact_some(self, topic: str, share: float) -> None:
         """Compact the older ``share`` of each partition: a broker never does it all at once."""

@@ -69,6 +69,8 @@ class Cluster:
         self.broker = SimulatedBroker(folder / "log", self.clock)
         self.coordinator = SimulatedCoordinator(loop, dice, self.broker.count)
         self.sinks: dict[str, SimulatedSink] = {}
+        self.group = ""
+        """The consumer group: the application's id."""
         self.workers: list[Worker] = []
         """All there ever were."""
         self.reached: set[str] = set()
@@ -130,8 +132,7 @@ class Cluster:
         self.say(f"{worker.name} is stopped")
         self.loop.go_on(worker.process)
         worker.stopping.set()
-        assert worker.life is not None
-        while worker.running:
+        while worker.running:  # noqa: ASYNC110  # it may also die, which no event of its own can tell
             await asyncio.sleep(0.1)
         return worker.remains or worker.disk
 
@@ -186,6 +187,7 @@ class Cluster:
 
     def _adapt(self, app: App, worker: Worker) -> None:
         """Put the simulated outside in the place of the real one."""
+        self.group = app.conf.id
 
         async def crash(reason: BaseException) -> None:
             if worker.reason is None:
@@ -244,7 +246,9 @@ class Cluster:
             tp = TopicPartition(topic, partition)
             ends = (await self.broker.offsets([tp]))[tp]
             async for batch in self.broker.read(tp, Offset(ends.begin), ends.stable):
-                found += [(partition, batch.key(at), batch.value(at), dict(batch.headers(at))) for at in range(len(batch))]
+                found += [
+                    (partition, batch.key(at), batch.value(at), dict(batch.headers(at))) for at in range(len(batch))
+                ]
         return found
 
     # ---- results
@@ -321,7 +325,9 @@ class Cluster:
                 assert task.store is not None
                 prefix = table_prefix(table.name)
                 stored = {key[len(prefix) :]: value for key, value in task.store.scan(prefix, table_stop(prefix))}
-                self.watch.require(stored == logged, f"{task.id}: the store of {table.name} is not what its changelog says")
+                self.watch.require(
+                    stored == logged, f"{task.id}: the store of {table.name} is not what its changelog says"
+                )
 
 
 def _busy(task: Task) -> str | None:
@@ -342,4 +348,6 @@ def _busy(task: Task) -> str | None:
 def scratch() -> tempfile.TemporaryDirectory[str]:
     """A folder for a run, in memory where the machine has such."""
     shm = Path("/dev/shm")
-    return tempfile.TemporaryDirectory(prefix="streamproc-", dir=shm if shm.is_dir() else None, ignore_cleanup_errors=True)
+    return tempfile.TemporaryDirectory(
+        prefix="streamproc-", dir=shm if shm.is_dir() else None, ignore_cleanup_errors=True
+    )

@@ -32,11 +32,7 @@ class Disk:
         name = folder.name
         self._watch.require_alive(self.process, "a store's opening")
         self._watch.require(name not in self._open, f"{self.process.name} opened the store {name} twice")
-        inner: Store
-        if self.rocksdb:
-            inner = open_or_discard(self.folder / name)
-        else:
-            inner = self._memory.setdefault(name, MemoryStore())
+        inner = open_or_discard(self.folder / name) if self.rocksdb else self._memory.setdefault(name, MemoryStore())
         self._open[name] = SimulatedStore(self, name, inner)
         return self._open[name]
 
@@ -94,4 +90,3 @@ def _copy(store: MemoryStore) -> MemoryStore:
     if meta is not None:
         new.write(Writes(puts=dict(rows)), meta)
     return new
-

@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 
 from streamproc.core.errors import invariant
 
-__all__ = ["Process", "Stuck", "VirtualClock", "VirtualLoop", "current_process"]
+__all__ = ["Process", "Stuck", "VirtualClock", "VirtualLoop", "current_process", "virtual_loop"]
 
 T = TypeVar("T")
 _CURRENT: contextvars.ContextVar[Process | None] = contextvars.ContextVar("simulated_process", default=None)
-STEPS_MAX = 3_000_000
+STEPS_MAX = 600_000
 """Callbacks of one run; a run that needs more spins."""
 
 
@@ -101,17 +101,24 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def time(self) -> float:
         return self._now_s
 
-    def call_soon(self, callback: Any, *args: Any, context: contextvars.Context | None = None) -> Any:
+    # What they return is a handle of ours: asyncio's reach into their own loop.
+    def call_soon(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: contextvars.Context | None = None
+    ) -> Any:
         handle = _Handle(callback, args, context)
         self._push(handle)
         return handle
 
-    call_soon_threadsafe = call_soon
+    call_soon_threadsafe = call_soon  # type: ignore[assignment]
 
-    def call_later(self, delay: float, callback: Any, *args: Any, context: contextvars.Context | None = None) -> Any:
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Any, *args: Any, context: contextvars.Context | None = None
+    ) -> Any:
         return self.call_at(self._now_s + max(delay, 0.0), callback, *args, context=context)
 
-    def call_at(self, when: float, callback: Any, *args: Any, context: contextvars.Context | None = None) -> Any:
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Any, *args: Any, context: contextvars.Context | None = None
+    ) -> Any:
         handle = _Handle(callback, args, context, when)
         heapq.heappush(self._timers, (when, next(self._count), handle))
         return handle
@@ -127,7 +134,9 @@ class VirtualLoop(asyncio.AbstractEventLoop):
             process.tasks.append(task)
         return task
 
-    def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., T], *args: Any
+    ) -> asyncio.Future[T]:
         """At once: there are no threads."""
         done: asyncio.Future[T] = self.create_future()
         try:
@@ -185,7 +194,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 
     def run(self, main: Coroutine[Any, Any, T]) -> T:
         """Run ``main`` to its end. Raises what it raises, `Stuck` if it can never end."""
-        task = self.create_task(main, name="harness")
+        task: asyncio.Task[T] = self.create_task(main, name="harness")
         asyncio._set_running_loop(self)
         self._running = True
         try:
@@ -237,6 +246,11 @@ class VirtualLoop(asyncio.AbstractEventLoop):
             handle = heapq.heappop(timers)[2]
             if not handle.gone:
                 self._push(handle)
+
+
+def virtual_loop(seed: object) -> VirtualLoop:
+    """A loop whose order is drawn from ``seed``. What a simulated run has no use for (sockets, signals) is not there."""
+    return VirtualLoop(random.Random(f"order {seed}"))  # type: ignore[abstract]
 
 
 class VirtualClock:

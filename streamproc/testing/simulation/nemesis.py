@@ -24,9 +24,11 @@ Act = Callable[[], Awaitable[None]]
 
 
 class Nemesis:
-    """``targets``: steps that workers are to die at, one after the other."""
+    """``targets``: steps that workers are to die at, one after the other. ``meddled``: a source topic, of a pipeline of the
+    same name, that people set the offsets of, add partitions to and make anew; None: nobody does."""
 
-    def __init__(self, cluster: Cluster, targets: Sequence[str] = ()) -> None:
+    def __init__(self, cluster: Cluster, targets: Sequence[str] = (), *, meddled: str | None = None) -> None:
+        self._source = meddled or ""
         self.cluster, self.dice, self.targets = cluster, cluster.dice, list(targets)
         self.feeding = asyncio.Event()
         """Cleared while the source topics must not be written."""
@@ -50,9 +52,10 @@ class Nemesis:
             (self._rebalance, 2), (self._pause, 3), (self._sinks_fall, 3), (self._back_up_sinks, 2),
             (self._roll_back_sinks, 2), (self._compact, 3), (self._lose_disk, 2), (self._keep_disk, 2),
             (self._old_disk, 2), (self._disk_full, 2), (self._refuse, 2), (self._clock_back, 1),
-            (self._days_pass, 1), (self._hang_transaction, 1), (self._set_offsets, 1), (self._grow_source, 1),
-            (self._remake_source, 1),
+            (self._days_pass, 1), (self._hang_transaction, 1),
         ]  # fmt: skip
+        if self._source:
+            acts += [(self._set_offsets, 1), (self._grow_source, 1), (self._remake_source, 1)]
         for _ in range(self.dice.randrange(4, 10)):
             await asyncio.sleep(self.dice.choice((0.05, 1.0, 4.0)) * self.dice.random())
             act = self.dice.choices([act for act, _ in acts], [weight for _, weight in acts])[0]
@@ -249,19 +252,23 @@ class Nemesis:
     # ---- time, and people
 
     async def _days_pass(self) -> None:
-        """Nobody ran for longer than tombstones are kept, and the log was compacted."""
+        """Nobody ran for longer than tombstones are kept, and the log was compacted; some disk is older still."""
+        if (worker := self._one()) is not None and self.dice.random() < 0.7:
+            old = self.cluster.copy_disk(worker.disk)
+            await asyncio.sleep(self.dice.uniform(1, 10))
+            self._disks.append(old)
         async with self._operator():
             self.cluster.clock.skew_ms += 8 * DAY_MS
             self._compactions += 1
             for topic in self.cluster.broker.compacted():
                 await self.cluster.broker.compact(topic)
+            self.dice.shuffle(self._disks)
 
     async def _set_offsets(self) -> None:
         async with self._operator():
-            record = self.cluster.watch.records.get(("read-events", 0))
-            if record is None or (at := record.positions["events"]["events:0"]) == 0:
+            if (at := self._read_up_to()) == 0:
                 return
-            tp = TopicPartition("events", 0)
+            tp = TopicPartition(self._source, 0)
             await self._set_group_offset(tp, at - 1)
             await self._must_refuse(UserError, "somebody has set the group's offsets")
             await self._set_group_offset(tp, at)
@@ -269,26 +276,30 @@ class Nemesis:
     async def _set_group_offset(self, tp: TopicPartition, at: int) -> None:
         producer = self.cluster.broker.producer("operator")
         await producer.fence()
-        await producer.send_offsets({tp: Offset(at)}, "sim")
+        await producer.send_offsets({tp: Offset(at)}, self.cluster.group)
         await producer.end(commit=True)
 
     async def _grow_source(self) -> None:
         async with self._operator():
-            count = self.cluster.broker.count("events")
-            self.cluster.broker.set_partitions("events", count + 1)
+            count = self.cluster.broker.count(self._source)
+            self.cluster.broker.set_partitions(self._source, count + 1)
             await self._must_refuse(UserError, "partitions")
-            self.cluster.broker.set_partitions("events", count)
+            self.cluster.broker.set_partitions(self._source, count)
 
     async def _remake_source(self) -> None:
         """Deleted and made again, empty; then somebody brings the records back."""
         async with self._operator():
-            record = self.cluster.watch.records.get(("read-events", 0))
-            if record is None or record.positions["events"]["events:0"] == 0:
+            if self._read_up_to() == 0:
                 return
-            backup = await self.cluster.back_up("events")
-            await self.cluster.remake("events", {})
-            await self._must_refuse(LogLost, "events")
-            await self.cluster.remake("events", backup)
+            backup = await self.cluster.back_up(self._source)
+            await self.cluster.remake(self._source, {})
+            await self._must_refuse(LogLost, self._source)
+            await self.cluster.remake(self._source, backup)
+
+    def _read_up_to(self) -> int:
+        """The committed position in partition 0 of the source."""
+        record = self.cluster.watch.records.get((f"read-{self._source}", 0))
+        return record.positions[self._source][f"{self._source}:0"] if record is not None else 0
 
     @contextlib.asynccontextmanager
     async def _operator(self) -> AsyncIterator[None]:

@@ -61,6 +61,9 @@ class Instrumented:
     """What is in place, and how to take it out again."""
 
     steps: tuple[str, ...]
+    """Where a run can die."""
+    all_steps: tuple[str, ...]
+    """With those of `UNREACHED`."""
     _old: Mapping[types.FunctionType, types.CodeType]
     _hook: Any
 
@@ -79,6 +82,7 @@ def install(listener: Listener, mutations: Mapping[str, Callable[[str], str]] | 
     root = Path(__file__).parents[2]
     changes = dict(mutations or {})
     steps: list[str] = []
+    every: list[str] = []
     codes: dict[str, dict[tuple[str, int], types.CodeType]] = {}
     paths = sorted({path for part in SCOPE for path in (root / part).rglob("*.py")} | {root / name for name in changes})
     for path in paths:
@@ -88,23 +92,26 @@ def install(listener: Listener, mutations: Mapping[str, Callable[[str], str]] | 
         if name in changes:
             source = changes[name](source)
         weaver = _Weaver(name) if name.startswith(SCOPE) and name not in OUTSIDE else None
-        tree: ast.AST = ast.parse(source)
+        tree = ast.parse(source)
         if weaver is not None:
             tree = ast.fix_missing_locations(weaver.visit(tree))
             steps += weaver.steps
+            every += weaver.every
         elif name not in changes:
             continue
-        codes[str(path)] = _functions(compile(tree, str(path), "exec"))  # type: ignore[arg-type]
+        codes[str(path)] = _functions(compile(tree, str(path), "exec"))
     old: dict[types.FunctionType, types.CodeType] = {}
     for function in [found for found in gc.get_objects() if isinstance(found, types.FunctionType)]:
         of = codes.get(function.__code__.co_filename)
         if of is not None and function.__module__ and function.__module__.startswith("streamproc."):
             _replace(function, of, old)
     for path in paths:
-        module = sys.modules["streamproc." + str(path.relative_to(root)).removesuffix(".py").replace("/", ".").removesuffix(".__init__")]
+        module = sys.modules[
+            "streamproc." + str(path.relative_to(root)).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        ]
         module.__dict__.update(_sp_await=_await, _sp_for=_For, _sp_with=_With)
     loud, sys.unraisablehook = sys.unraisablehook, _of_the_dead
-    return Instrumented(tuple(steps), old, loud)
+    return Instrumented(tuple(steps), tuple(every), old, loud)
 
 
 def _of_the_dead(what: sys.UnraisableHookArgs) -> None:
@@ -147,6 +154,7 @@ class _Weaver(ast.NodeTransformer):
         self._file, self._within = file, list[str]()
         self._seen: defaultdict[str, int] = defaultdict(int)
         self.steps: list[str] = []
+        self.every: list[str] = []
 
     def _scope(self, node: Any) -> Any:
         self._within.append(node.name)
@@ -183,6 +191,7 @@ class _Weaver(ast.NodeTransformer):
         self._seen[step] += 1
         if self._seen[step] > 1:
             step = f"{step} #{self._seen[step]}"
+        self.every.append(step)
         if not any(".".join(self._within).startswith(name) for name in UNREACHED):
             self.steps.append(step)
         return step

@@ -36,6 +36,14 @@ class Watch:
         """Transactions committed."""
         self.over = False
         """The run has ended: what is thrown away now may say what it likes."""
+        self._owners: dict[tuple[str, int], str] = {}
+        """Which process committed a task last."""
+        self._incarnations: dict[tuple[str, str, int], int] = {}
+        """Of each process and task, that of its last start."""
+        self._changed: defaultdict[TopicPartition, dict[bytes, int]] = defaultdict(dict)
+        """The epoch of each row's last change."""
+        self._sunk: defaultdict[tuple[str, int], dict[str, int]] = defaultdict(dict)
+        """The furthest epoch each sink of a task was ever moved to."""
         self._expired: defaultdict[TopicPartition, dict[bytes, int]] = defaultdict(dict)
         """Rows that left by retention, with the epoch they left in."""
 
@@ -56,14 +64,18 @@ class Watch:
         for tp, record in commits:
             assert record.value is not None
             assert record.key is not None
-            self._follow((record.key.decode(), tp.partition), commit_record.decode(record.value, str(tp)))
+            self._follow(process, (record.key.decode(), tp.partition), commit_record.decode(record.value, str(tp)))
         for tp, record in records:
             if tp.topic.endswith("-changelog"):
                 self._row(tp, record)
 
-    def _follow(self, task: tuple[str, int], now: CommitRecord) -> None:
+    def _follow(self, process: Process, task: tuple[str, int], now: CommitRecord) -> None:
         before, self.records[task] = self.records.get(task), now
+        owner, self._owners[task] = self._owners.get(task), process.name
+        self._incarnations[process.name, *task] = now.incarnation
         where = f"{task[0]}:{task[1]}"
+        self.require(owner in (None, process.name) or before is None or now.incarnation == before.incarnation + 1,
+                     f"{where} was committed by {process.name} under the incarnation of {owner}")  # fmt: skip
         if before is None:
             self.require(now.epoch == 1, f"{where} begins with epoch {now.epoch}")
             return
@@ -86,8 +98,12 @@ class Watch:
         assert record.key is not None
         if record.value is None and dict(record.headers).get("x") == b"expire":
             expired[record.key] = epoch
+            changed = self._changed[tp].get(record.key, 0)
+            behind = {sink: at for sink, at in self._sunk[_owner_of(tp)].items() if at < changed}
+            self.require(not behind, f"{tp}: a row of epoch {changed} left before its sinks had it: {behind}")
         elif record.value is not None:
             self.require(record.key not in expired, f"{tp}: a purged row was made again in epoch {epoch}")
+            self._changed[tp][record.key] = epoch
 
     # ---- stores and sinks
 
@@ -99,12 +115,20 @@ class Watch:
         self.require(fits,
                      f"the store of {task} took epoch {meta.epoch}, which the log has not committed")  # fmt: skip
 
-    def sunk(self, process: Process, task: tuple[str, int], ledger: Ledger, *, reachable: bool = True) -> None:
-        """A sink is about to be moved."""
+    def sunk(self, process: Process, sink: str, task: tuple[str, int], found: Ledger | None, moved: Ledger) -> None:
+        """A sink is about to be moved from the ledger ``found`` in it, if its writer's compare-and-set allows it."""
         self.require_alive(process, "a sink")
         record = self.records.get(task)
-        self.require(record is not None and record.log_id == ledger.log_id and ledger.epoch <= record.epoch,
-                     f"the sink of {task} took epoch {ledger.epoch}, which the log has not committed")  # fmt: skip
-        self.require(record is None or ledger.incarnation <= record.incarnation,
-                     f"the sink of {task} was claimed by incarnation {ledger.incarnation}, which was not committed")  # fmt: skip
+        where = f"the sink {sink} of {task[0]}:{task[1]}"
+        self.require(record is not None and record.log_id == moved.log_id and moved.epoch <= record.epoch,
+                     f"{where} took epoch {moved.epoch}, which the log has not committed")  # fmt: skip
+        own = self._incarnations.get((process.name, *task))
+        self.require(moved.incarnation == own, f"{where} was written under incarnation {moved.incarnation}, not {own}")
+        if found is not None and moved.incarnation >= found.incarnation:
+            self._sunk[task][sink] = max(moved.epoch, self._sunk[task].get(sink, 0))
 
+
+def _owner_of(changelog: TopicPartition) -> tuple[str, int]:
+    """The task that owns a pipeline's table: its group is named after it, its changelog ``{app}-{table}-changelog``."""
+    table = changelog.topic.removesuffix("-changelog").partition("-")[2]
+    return f"table-{table}", changelog.partition

@@ -25,13 +25,14 @@ class Readers:
     """Who is to be woken when partitions change."""
 
     def __init__(self) -> None:
-        self._callbacks: set[Callable[[frozenset[TopicPartition]], None]] = set()
+        self._callbacks: dict[Callable[[frozenset[TopicPartition]], None], None] = {}
+        """In the order in which they came: a simulated run must not depend on addresses."""
 
     def add(self, callback: Callable[[frozenset[TopicPartition]], None]) -> None:
-        self._callbacks.add(callback)
+        self._callbacks[callback] = None
 
     def remove(self, callback: Callable[[frozenset[TopicPartition]], None]) -> None:
-        self._callbacks.discard(callback)
+        self._callbacks.pop(callback, None)
 
     def changed(self, touched: frozenset[TopicPartition]) -> None:
         for callback in tuple(self._callbacks):

@@ -1,5 +1,7 @@
 """Consumer groups within one process: members of a group share its partition numbers by range.
 
+With standbys, the members behind the owner, in the order in which they joined, keep its state warm.
+
     join ─▶ (waiting) ─▶ assigned ─▶ revoked ─▶ assigned … ─▶ left
 A round of a rebalance: every member's `on_revoked`, then the generation rises, then every member's `on_assigned`.
 """
@@ -20,8 +22,8 @@ __all__ = ["EmbeddedMembership", "Group"]
 class Group:
     """The coordinator's side: members in the order they joined, and one round of a rebalance at a time."""
 
-    def __init__(self, topics: Topics) -> None:
-        self.topics = topics
+    def __init__(self, topics: Topics, standby_replicas: int = 0) -> None:
+        self.topics, self._standby_replicas = topics, standby_replicas
         self.generation = 0
         self.members: list[EmbeddedMembership] = []
         self.round = asyncio.Lock()
@@ -42,7 +44,10 @@ class Group:
                 await asyncio.gather(*(member.revoke() for member in members))
                 self.generation += 1
                 shares = self._shares(members)
-                await asyncio.gather(*(member.assign(shares[member], self.generation) for member in members))
+                warm = self._standbys(members, shares)
+                await asyncio.gather(
+                    *(member.assign(shares[member], warm[member], self.generation) for member in members)
+                )
 
     def _shares(self, members: list[EmbeddedMembership]) -> dict[EmbeddedMembership, frozenset[TopicPartition]]:
         """One number of all topics with the same subscribers lies with one member: such topics are co-partitioned."""
@@ -58,6 +63,16 @@ class Group:
                 shares[owner] |= {TopicPartition(topic, number) for topic in topics if number < counts[topic]}
         return {member: frozenset(share) for member, share in shares.items()}
 
+    def _standbys(
+        self, members: list[EmbeddedMembership], shares: dict[EmbeddedMembership, frozenset[TopicPartition]]
+    ) -> dict[EmbeddedMembership, frozenset[TopicPartition]]:
+        warm: dict[EmbeddedMembership, frozenset[TopicPartition]] = {member: frozenset() for member in members}
+        for at, owner in enumerate(members):
+            for behind in range(1, min(self._standby_replicas, len(members) - 1) + 1):
+                member = members[(at + behind) % len(members)]
+                warm[member] |= {tp for tp in shares[owner] if tp.topic in member.topics}
+        return warm
+
 
 class EmbeddedMembership:
     """`transport.contract.Membership`. A member whose callback failed stays in the group until it is stopped."""
@@ -67,6 +82,7 @@ class EmbeddedMembership:
         self._group = group
         self._listener: GroupListener | None = None
         self._held: frozenset[TopicPartition] = frozenset()
+        self._standbys: frozenset[TopicPartition] = frozenset()
         self._generation = -1
         self._failure: BaseException | None = None
         self._has_failed = asyncio.Event()
@@ -80,6 +96,9 @@ class EmbeddedMembership:
 
     def assignment(self) -> frozenset[TopicPartition]:
         return self._held
+
+    def standbys(self) -> frozenset[TopicPartition]:
+        return self._standbys
 
     async def confirm(self) -> bool:
         return self in self._group.members and self._generation == self._group.generation
@@ -103,9 +122,11 @@ class EmbeddedMembership:
             await self._call(self._listener.on_revoked(self._held))
         self._held = frozenset()
 
-    async def assign(self, share: frozenset[TopicPartition], generation: int) -> None:
+    async def assign(
+        self, share: frozenset[TopicPartition], standbys: frozenset[TopicPartition], generation: int
+    ) -> None:
         """Called by the group within a round."""
-        self._held, self._generation = share, generation
+        self._held, self._standbys, self._generation = share, standbys, generation
         if self._listener:
             await self._call(self._listener.on_assigned(share, generation))
 

@@ -30,14 +30,18 @@ class EmbeddedTransport:
 
     After kill -9 the file holds what was committed, sent or created before, whole; ``synchronous`` "FULL" promises that
     for a power cut too. A disk that is full or fails raises `BrokerUnavailable`, with nothing of the call written.
+    ``standby_replicas``: how many other members of a group keep a partition's state warm.
     """
 
-    def __init__(self, path: Path, clock: Clock, *, synchronous: Synchronous = "FULL") -> None:
+    def __init__(
+        self, path: Path, clock: Clock, *, synchronous: Synchronous = "FULL", standby_replicas: int = 0
+    ) -> None:
         path = Path(path)
         self._clock = clock
         self._readers = Readers()
         self._file = LogFile(path / _FILE_NAME if path.is_dir() else path, synchronous)
         self._log = Log(self._file, clock, self._readers.changed)
+        self._standby_replicas = standby_replicas
         self._groups: dict[str, Group] = {}
         self._fetchers: list[EmbeddedFetcher] = []
         self._expiring: asyncio.Task[None] | None = None
@@ -105,7 +109,7 @@ class EmbeddedTransport:
 
     def membership(self, group: str) -> EmbeddedMembership:
         if group not in self._groups:
-            self._groups[group] = Group(self._log.topics)
+            self._groups[group] = Group(self._log.topics, self._standby_replicas)
         return EmbeddedMembership(self._groups[group])
 
     def _watch_deadlines(self) -> None:

@@ -3,6 +3,9 @@
 Its partitions are paused inside the assigned callback before anything else; what it may have fetched until then is
 never asked for. aiokafka logs and swallows what a rebalance callback raises and keeps what its background task raised
 for the next poll, and we never poll: both are kept here and given out by `failed`.
+
+A *static* member (`group.instance.id`) never says that it leaves: it comes back under its id within the session time-out
+and finds its partitions as they were, and nobody else has heard of it.
 """
 
 from __future__ import annotations
@@ -20,10 +23,11 @@ from aiokafka.errors import KafkaError  # type: ignore[import-untyped,unused-ign
 from aiokafka.protocol.group import HeartbeatRequest  # type: ignore[import-untyped,unused-ignore]
 
 from streamproc.core import limits
-from streamproc.core.errors import BrokerUnavailable, UserError
+from streamproc.core.errors import BrokerUnavailable, FencedInstanceId, UserError
 from streamproc.core.types import TopicPartition
 from streamproc.transport.contract import GroupListener
 from streamproc.transport.kafka.codes import ASK_COORDINATOR_AGAIN, Code, name_of
+from streamproc.transport.kafka.heartbeat import StaticHeartbeat
 from streamproc.transport.kafka.wire import NoAnswer, Retry, Wire
 
 __all__ = ["KafkaMembership"]
@@ -50,6 +54,7 @@ class KafkaMembership:
         group: str,
         *,
         assignor: Any = None,
+        instance_id: str | None = None,
         session_timeout_s: float = limits.SESSION_TIMEOUT_S,
         heartbeat_interval_s: float = limits.HEARTBEAT_S,
         rebalance_timeout_s: float = limits.REBALANCE_TIMEOUT_S,
@@ -63,9 +68,11 @@ class KafkaMembership:
             "heartbeat_interval_ms": round(heartbeat_interval_s * 1000),
             "rebalance_timeout_ms": round(rebalance_timeout_s * 1000),
         }
+        self._instance_id = instance_id
         self._consumer: Any = None
         self._listener: GroupListener | None = None
         self._held: frozenset[TopicPartition] = frozenset()
+        self._standbys: frozenset[TopicPartition] = frozenset()
         self._generation = _NO_GENERATION
         self._stopping = False
         self._calling = asyncio.Lock()
@@ -85,6 +92,7 @@ class KafkaMembership:
             bootstrap_servers=self._wire.addresses,
             client_id=self._wire.client_id,
             group_id=self._group,
+            group_instance_id=self._instance_id,
             enable_auto_commit=False,
             auto_offset_reset="none",
             max_poll_interval_ms=_NEVER_MS,
@@ -103,11 +111,16 @@ class KafkaMembership:
                 f"Group {self._group!r} cannot be joined at {', '.join(self._wire.addresses)}: {error}. "
                 "Start the broker, or correct the app's broker setting."
             ) from error
+        if self._instance_id is not None:
+            self._hear_of_fencing(self._consumer._coordinator, self._instance_id)
         self._consumer.subscribe(list(topics), listener=_Callbacks(self))
         self._watcher = asyncio.create_task(self._watch(), name=f"membership {self._group}")
 
     def assignment(self) -> frozenset[TopicPartition]:
         return self._held
+
+    def standbys(self) -> frozenset[TopicPartition]:
+        return self._standbys
 
     async def confirm(self) -> bool:
         coordinator = None if self._consumer is None else self._consumer._coordinator
@@ -163,6 +176,25 @@ class KafkaMembership:
                 )
                 return
 
+    def _hear_of_fencing(self, coordinator: Any, instance_id: str) -> None:
+        """Look at every answer to aiokafka's group requests, and give its heartbeats the instance id."""
+        send = coordinator._send_req
+
+        async def sent(request: Any) -> Any:
+            if isinstance(request, HeartbeatRequest):
+                request = StaticHeartbeat(self._group, coordinator.generation, coordinator.member_id, instance_id)
+            answer = await send(request)
+            if answer.error_code == Code.FENCED_INSTANCE_ID:
+                self._fail(
+                    FencedInstanceId(
+                        f"Another worker has joined group {self._group!r} as instance {instance_id!r}, so this one stops. "
+                        "Give each worker an instance id of its own (consumer_group_instance_id)."
+                    )
+                )
+            return answer
+
+        coordinator._send_req = sent
+
     async def _revoke(self) -> None:
         async with self._calling:
             held, self._held, self._generation = self._held, frozenset(), _NO_GENERATION
@@ -175,8 +207,15 @@ class KafkaMembership:
             if self._stopping or self._listener is None:
                 return
             self._held = frozenset(TopicPartition(tp.topic, tp.partition) for tp in assigned)
+            self._standbys = self._assigned_standbys()
             self._generation = self._consumer._coordinator.generation
             await self._call(self._listener.on_assigned(self._held, self._generation))
+
+    def _assigned_standbys(self) -> frozenset[TopicPartition]:
+        """As the assignor was told with the assignment; aiokafka's own assignors know none."""
+        told = getattr(self._assignor, "assigned_standbys", None)
+        found = frozenset() if told is None else frozenset(TopicPartition(tp.topic, tp.partition) for tp in told())
+        return found - self._held
 
     async def _call(self, callback: Any) -> None:
         try:

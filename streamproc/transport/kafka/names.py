@@ -23,4 +23,5 @@ PRIVATE_NAMES: Final[dict[str, str]] = {
     "aiokafka.protocol.fetch.FetchResponse_v11": "layout of an answer: aborted transactions, record set last",
     "aiokafka.coordinator.assignors.range.RangePartitionAssignor": "the default assignor",
     "aiokafka.AIOKafkaConsumer._coordinator": "generation, member_id, check_errors",
+    "aiokafka.consumer.group_coordinator.GroupCoordinator._send_req": "all its requests of the group protocol; replaced",
 }

@@ -30,7 +30,8 @@ class KafkaTransport:
     ``security``: keyword arguments of aiokafka's clients (``security_protocol``, ``ssl_context``, ``sasl_*``).
     ``assignor``: a partition assignor in aiokafka's sense, for example Faust's copartitioned one; by default partition
     numbers go to members in ranges, the same for all topics. ``replication_factor`` of topics made here; -1 is the
-    broker's default. The three times are those of the group protocol.
+    broker's default. The three times are those of the group protocol. ``instance_id`` makes this member of its groups a
+    static one (`group.instance.id`); no other process may have the same.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class KafkaTransport:
         *,
         client_id: str = "streamproc",
         assignor: Any = None,
+        instance_id: str | None = None,
         security: Mapping[str, Any] | None = None,
         replication_factor: int = -1,
         session_timeout_s: float = limits.SESSION_TIMEOUT_S,
@@ -49,7 +51,7 @@ class KafkaTransport:
         self._clock = clock
         self._wire = Wire(bootstrap, clock, client_id=client_id, security=security or {})
         self._admin = Admin(self._wire, replication_factor)
-        self._assignor = assignor
+        self._assignor, self._instance_id = assignor, instance_id
         self._timeouts = {
             "session_timeout_s": session_timeout_s,
             "heartbeat_interval_s": heartbeat_interval_s,
@@ -127,7 +129,8 @@ class KafkaTransport:
 
     def membership(self, group: str) -> KafkaMembership:
         membership = KafkaMembership(
-            self._wire, group, assignor=self._assignor, partitions=self._admin.partitions, **self._timeouts
-        )
+            self._wire, group, assignor=self._assignor, instance_id=self._instance_id,
+            partitions=self._admin.partitions, **self._timeouts,
+        )  # fmt: skip
         self._memberships.append(membership)
         return membership

@@ -1,0 +1,1 @@
+"""Exactly-once under real kills: ``make chaos`` (see `chaos.__main__`)."""

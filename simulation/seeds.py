@@ -1,0 +1,65 @@
+"""Many seeds, in several processes."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+from simulation.mutants import MUTANTS
+from simulation.run import LISTENER, Result, run_seed
+from streamproc.testing.simulation.steps import install
+
+__all__ = ["points", "prepare", "run_one", "run_seeds"]
+
+TARGETS = 6
+"""Steps that a seed's workers are to die at."""
+CHUNK = 4
+_installed: tuple[str, ...] = ()
+
+
+def prepare(mutant: str | None = None) -> None:
+    """Once in each process: put the steps in, with the break ``mutant`` if one is named."""
+    global _installed
+    logging.disable(logging.CRITICAL)
+    _installed = install(LISTENER, MUTANTS[mutant].changes() if mutant else None).steps
+    gc.collect()
+    gc.freeze()
+
+
+def points() -> list[str]:
+    """Where a worker can die: before and after each await."""
+    return [point for step in _installed for point in (step, f"{step}, after")]
+
+
+def run_one(seed: int) -> Result:
+    """Everything about it follows from the seed and the code."""
+    every = points()
+    targets = tuple(every[(seed * TARGETS + at) % len(every)] for at in range(TARGETS))
+    gc.disable()  # a collection in mid-run would depend on what ran before
+    try:
+        return run_seed(seed, targets)
+    finally:
+        gc.enable()
+
+
+def run_seeds(seeds: range, jobs: int, mutant: str | None) -> Iterator[Result]:
+    """In the order in which they end. `prepare` must have been called."""
+    if jobs == 1:
+        yield from map(run_one, seeds)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked child would inherit threads that do not run in it
+    chunks = [seeds[at : at + CHUNK] for at in range(0, len(seeds), CHUNK)]
+    with ProcessPoolExecutor(jobs, context, prepare, (mutant,)) as pool:
+        running = [pool.submit(_run_some, chunk) for chunk in chunks]
+        try:
+            for done in as_completed(running):
+                yield from done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _run_some(seeds: range) -> list[Result]:
+    return [run_one(seed) for seed in seeds]

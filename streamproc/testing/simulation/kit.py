@@ -1,0 +1,341 @@
+"""`simulate`: a user's own application under crashes, rebalances, lost answers and failing sinks, for a user's own tests."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from streamproc.app import App
+from streamproc.core.batch import RawBatch
+from streamproc.core.errors import UserError
+from streamproc.core.types import Offset, TopicPartition
+from streamproc.testing.simulation import steps
+from streamproc.testing.simulation.application import (
+    Build,
+    Record,
+    Writer,
+    apart,
+    declared_topics,
+    makers_of,
+    read_bounded,
+)
+from streamproc.testing.simulation.broker import Line, LineFetcher
+from streamproc.testing.simulation.cluster import Cluster, Worker, scratch
+from streamproc.testing.simulation.loop import VirtualLoop
+from streamproc.testing.simulation.nemesis import Nemesis
+from streamproc.testing.simulation.outcome import Outcome, differences, read_outcome
+from streamproc.transport.contract import OutRecord
+
+__all__ = ["Report", "simulate"]
+
+Oracle = Callable[[Outcome], object]
+TARGETS = 6
+"""Steps that a seed's workers are to die at, beside what its dice draw."""
+WORKERS = 2
+INPUT_S = 15.0
+"""How long the input of a run under faults takes to arrive, so that faults strike in the middle of it."""
+PORTION_MAX = 50
+"""Records written at a time."""
+COMMIT_S_MAX = 0.2
+"""Commit interval of a run under faults, where the app's own is longer: a short input is to have many epochs."""
+ROCKSDB_EVERY = 8
+"""Every so many seeds have their state in RocksDB; stores in memory pass the same suite and are faster."""
+TOLD = 40
+"""Last lines of what happened, in a failure."""
+
+
+@dataclass
+class Report:
+    """What `simulate` went through, for the curious."""
+
+    seeds: list[int] = field(default_factory=list)
+    faults: Counter[str] = field(default_factory=Counter)
+    """Those that struck, by kind; deaths are not among them."""
+    died_at: set[str] = field(default_factory=set)
+    """Steps of streamproc's code (an `await` and its place) that a worker died at."""
+    steps: int = 0
+    """Such places there are."""
+    epochs: int = 0
+    """Commits."""
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.seeds)} seeds: {self.epochs} commits, {sum(self.faults.values())} faults, "
+            f"workers died at {len(self.died_at)} of {self.steps} places"
+        )
+
+
+def simulate(
+    app: str | Build,
+    inputs: Mapping[str, Iterable[Any]],
+    seeds: Iterable[int] = range(100),
+    oracle: Oracle | None = None,
+) -> Report:
+    """Run ``app`` over ``inputs`` once without faults and once for each seed with those that the seed draws, and compare
+    what is left: with the run without faults, or by ``oracle``, which is given an `Outcome` and raises `AssertionError`.
+
+    ``app``: ``"module:attribute"``, or a function that makes the app; called for every start of a worker. ``inputs``: topic
+    -> values or `Record`s. Topics that pipelines read are read as bounded: they end with the input, and every window closes.
+
+    Raises one `AssertionError` with the seed, what differs, what happened and how to replay it; what ends a worker without
+    any fault (`UserError`) as it is. Called from synchronous code. Nothing outside is touched: the log, sinks, disks and
+    time are simulated, so sinks' servers are not needed, and an agent must not open connections or read the wall clock.
+    """
+    name = repr(app) if isinstance(app, str) else getattr(app, "__name__", "app")
+    chosen = list(seeds)
+    with apart("simulate()"), makers_of(app) as make, _instrumented() as points:
+        trial = _Trial(make, inputs, points)
+        calm = trial.run(None)
+        if calm.failure is not None:
+            raise calm.failure
+        expected = calm.outcome
+        if oracle is not None:
+            oracle(expected)  # what fails without any fault is a matter between app and oracle
+        report = Report(steps=len(points))
+        for seed in chosen:
+            run = trial.run(seed)
+            wrong = run.failure or _judged(run.outcome, expected, oracle)
+            if wrong is not None:
+                raise AssertionError(_told(name, seed, wrong, run.told)) from run.failure or wrong
+            report.seeds.append(seed)
+            report.faults.update(run.faults)
+            report.died_at |= run.died
+            report.epochs += run.epochs
+        return report
+
+
+def _judged(found: Outcome, expected: Outcome, oracle: Oracle | None) -> AssertionError | None:
+    if oracle is None:
+        differ = differences(found, expected)
+        return AssertionError("\n  ".join(["not what a run without faults leaves:", *differ[:12]])) if differ else None
+    try:
+        oracle(found)
+    except AssertionError as failure:
+        return failure
+    return None
+
+
+def _told(name: str, seed: int, wrong: BaseException, told: Sequence[str]) -> str:
+    text = str(wrong) or type(wrong).__name__
+    lines = [f"simulate({name}): seed {seed} failed: {text}", f"What happened, the last of {len(told)} lines:"]
+    lines += [f"  {line}" for line in told[-TOLD:]]
+    lines.append(f"To replay: simulate({name}, …, seeds=[{seed}])")
+    if os.environ.get("PYTHONHASHSEED", "random") == "random":
+        lines.append(
+            "The course of a seed may depend on Python's hashes: run under PYTHONHASHSEED=0 to have the same one."
+        )
+    return "\n".join(lines)
+
+
+@contextmanager
+def _instrumented() -> Iterator[list[str]]:
+    """Places to die at, before and after each await, while this is open."""
+    installed = steps.install(_LISTENER)
+    try:
+        yield [point for step in installed.steps for point in (step, f"{step}, after")]
+    finally:
+        installed.uninstall()
+
+
+class _Listener:
+    """`steps.install` is told once; runs come and go."""
+
+    cluster: Cluster | None = None
+
+    def __call__(self, step: str) -> Awaitable[None] | None:
+        return self.cluster.at_step(step) if self.cluster is not None else None
+
+
+_LISTENER = _Listener()
+
+
+# ---- one run
+
+
+@dataclass
+class _Run:
+    outcome: Outcome = field(default_factory=Outcome)
+    failure: BaseException | None = None
+    """The app or streamproc broke a promise, or cannot run at all."""
+    told: list[str] = field(default_factory=list)
+    faults: dict[str, int] = field(default_factory=dict)
+    died: set[str] = field(default_factory=set)
+    epochs: int = 0
+
+
+class _Trial:
+    """One app and its input, run again and again."""
+
+    def __init__(self, make: Build, inputs: Mapping[str, Iterable[Any]], points: Sequence[str]) -> None:
+        self._make, self._points = make, points
+        app = make()
+        writer = Writer(app)
+        self._topics = declared_topics(app)
+        self._queues: dict[TopicPartition, list[OutRecord]] = {}
+        for topic, values in inputs.items():
+            for value in values:
+                record = value if isinstance(value, Record) else Record(value)
+                partition, out = writer.encode(topic, record)
+                self._queues.setdefault(TopicPartition(topic, partition), []).append(out)
+        self._inputs = frozenset(inputs)
+        self._latest_ms = writer.latest_ms
+        self._bounded = {source.topic for source in app.declaration.sources} & self._inputs
+
+    def run(self, seed: int | None) -> _Run:
+        """Under the faults that ``seed`` draws; None: without any."""
+        run = _Run()
+        dice, order = random.Random(f"dice {seed}"), random.Random(f"order {seed}")
+        rocksdb = seed is not None and seed % ROCKSDB_EVERY == 0
+        gc.collect()
+        gc.disable()  # a collection in mid-run would depend on what ran before
+        try:
+            with scratch() as folder:
+                cluster = _SlowlyRead(self._build, VirtualLoop(order), dice, Path(folder), rocksdb=rocksdb)
+                nemesis = None if seed is None else Nemesis(cluster, self._targets(seed))
+                _LISTENER.cluster = cluster
+                try:
+                    run.outcome = cluster.loop.run(self._scenario(cluster, nemesis))
+                except (AssertionError, UserError) as failure:
+                    run.failure = failure
+                if (broken := cluster.watch.broken) and not isinstance(run.failure, UserError):
+                    run.failure = AssertionError("; ".join([*broken[:3], *([str(run.failure)] if run.failure else [])]))
+                run.told, run.faults, run.died = cluster.told, cluster.weather.counts, cluster.died
+                run.epochs = cluster.watch.epochs
+        except BaseException as failure:
+            failure.add_note(f"While simulating seed {seed}.")
+            raise
+        finally:
+            _LISTENER.cluster = None
+            gc.enable()
+        return run
+
+    def _build(self) -> App:
+        app = self._make()
+        read_bounded(app, dict.fromkeys(self._bounded))
+        app.commit_interval_s = min(app.commit_interval_s, COMMIT_S_MAX)
+        return app
+
+    def _targets(self, seed: int) -> tuple[str, ...]:
+        return tuple(self._points[(seed * TARGETS + at) % len(self._points)] for at in range(TARGETS))
+
+    async def _scenario(self, cluster: _SlowlyRead, nemesis: Nemesis | None) -> Outcome:
+        await cluster.open()
+        try:
+            await cluster.broker.create_topics(self._topics)
+            await self._write_bounded(cluster)
+            cluster.slow_down(self._bounded, self._pause_s() if nemesis is not None else 0.0)
+            for _ in range(WORKERS):
+                cluster.start()
+            feeding = asyncio.create_task(self._feed(cluster, nemesis), name="feeding")
+            if nemesis is not None:
+                await nemesis.torment()
+            await feeding
+            cluster.slow_down((), 0.0)
+            if nemesis is not None:
+                await nemesis.make_peace()
+                await cluster.settle()
+            else:
+                await settle(cluster)
+            await cluster.check_changelogs()
+            return await read_outcome(cluster, dict.fromkeys(self._inputs), self._latest_ms)
+        finally:
+            await cluster.close()
+
+    async def _write_bounded(self, cluster: Cluster) -> None:
+        """Before the first start: what is bounded ends where it ends then."""
+        for tp, records in self._queues.items():
+            if tp.topic in self._bounded:
+                for lo in range(0, len(records), PORTION_MAX):
+                    await cluster.send(*tp, *records[lo : lo + PORTION_MAX])
+
+    def _pause_s(self) -> float:
+        """Between two batches of a bounded input, so that it takes about `INPUT_S` as a whole."""
+        counts = [len(records) for tp, records in self._queues.items() if tp.topic in self._bounded]
+        return INPUT_S / max(sum(counts) / 10, 4.0)
+
+    async def _feed(self, cluster: Cluster, nemesis: Nemesis | None) -> None:
+        """What agents read and no pipeline, while they run; the order between partitions is drawn."""
+        dice = random.Random(cluster.dice.random())
+        queues = [(tp, list(records)) for tp, records in self._queues.items() if tp.topic not in self._bounded]
+        total = sum(len(records) for _, records in queues)
+        largest = max(2, min(total // 20, PORTION_MAX))
+        while queues:
+            tp, records = queue = dice.choice(queues)
+            count = dice.randrange(1, largest + 1)
+            if nemesis is not None:
+                await nemesis.feeding.wait()
+            await cluster.send(*tp, *records[:count])
+            del records[:count]
+            if not records:
+                queues.remove(queue)
+            if nemesis is not None:
+                await asyncio.sleep(dice.uniform(0.0, 2.0) * INPUT_S * count / total)
+
+
+async def settle(cluster: Cluster) -> None:
+    """`Cluster.settle`, where no worker may end: raises what ended it."""
+    settling = asyncio.create_task(cluster.settle(), name="settling")
+    while not settling.done():
+        raise_what_ended(cluster.workers)
+        await asyncio.sleep(0.1)
+    settling.result()
+
+
+def raise_what_ended(workers: Iterable[Worker]) -> None:
+    """Raise the reason of a worker that ended by itself."""
+    for worker in workers:
+        failure = worker.reason
+        if failure is None and not worker.process.dead and worker.life is not None and worker.life.done():
+            failure = worker.life.exception()
+        if failure is not None:
+            raise failure
+
+
+# ---- reading slowly
+
+
+class _SlowlyRead(Cluster):
+    """A cluster whose workers read some topics with pauses: faults are to strike in the middle of an input that is there
+    as a whole."""
+
+    _topics: frozenset[str] = frozenset()
+    _pause_s = 0.0
+
+    def slow_down(self, topics: Iterable[str], pause_s: float) -> None:
+        """Pause about so long before each batch of ``topics``, from now on."""
+        self._topics, self._pause_s = frozenset(topics), pause_s
+
+    def pause_s(self, topics: Iterable[str]) -> float:
+        return self.dice.uniform(0.0, 2.0 * self._pause_s) if self._topics.intersection(topics) else 0.0
+
+    def _adapt(self, app: App, worker: Worker) -> None:
+        super()._adapt(app, worker)
+        line = cast(Line, app.make_transport())
+        fetcher = line.fetcher
+        line.fetcher = lambda: _SlowFetcher(fetcher(), self)  # type: ignore[method-assign, assignment, return-value]
+
+
+class _SlowFetcher:
+    """`transport.contract.Fetcher`."""
+
+    def __init__(self, inner: LineFetcher, cluster: _SlowlyRead) -> None:
+        self._inner, self._cluster = inner, cluster
+        self._topics: set[str] = set()
+        self.at_end, self.lag, self.pause, self.close = inner.at_end, inner.lag, inner.pause, inner.close
+
+    def resume(self, tp: TopicPartition, position: Offset) -> None:
+        self._topics.add(tp.topic)
+        self._inner.resume(tp, position)
+
+    async def get(self) -> RawBatch:
+        if (pause_s := self._cluster.pause_s(self._topics)) > 0:
+            await asyncio.sleep(pause_s)
+        return await self._inner.get()
