@@ -1,4 +1,4 @@
-"""The application under simulation: a pipeline with dedupe, two windowed tables and sinks, and two per-record agents."""
+"""The application under simulation: a pipeline with dedupe, two windowed tables and sinks, and three per-record agents."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ TABLES: dict[str, tuple[int, int]] = {"hourly": (HOUR_MS, 30 * 60_000), "daily":
 SCHEMAS = Path(__file__).parent / "schemas"
 
 
-def build(failed: set[Any], *, idle: bool = False) -> App:
+def build(failed: set[Any], *, idle: bool = False, standbys: int = 0) -> App:
     """``failed``: what the agents remember outside of the application, of records that fail once. ``idle``: a partition
     without records holds nobody back, so that what is late is a matter of timing."""
     event_time = sp.event_time("at", out_of_orderness="10m", idle="hold")
     if idle:
         event_time = sp.event_time("at", out_of_orderness="10m", idle="hold", idle_after="1500ms")
-    app = App("sim", schemas=SCHEMAS, commit_interval="200ms")
+    app = App("sim", schemas=SCHEMAS, commit_interval="200ms", table_standby_replicas=standbys)
     events = app.topic("events", value_schema="event.avsc", partitions=PARTITIONS, event_time=event_time)
     stream = app.pipeline(events).dedupe("id", within="7d").group_by("country")
     hourly = (
@@ -40,7 +40,7 @@ def build(failed: set[Any], *, idle: bool = False) -> App:
         .agg(n=sp.count(), amount=sp.sum("amount"), kinds=sp.count_distinct("amount"))
         .table("daily")
     )
-    hourly.late.to("late-hourly")
+    hourly.late.to(app.topic("late-hourly"))
     daily.late.to("late-daily")
     hourly.sink(FakeSink("redis"), FakeSink("postgres"), emit="on_update")
     daily.sink(FakeSink("redis"), emit="final")
@@ -74,5 +74,15 @@ def build(failed: set[Any], *, idle: bool = False) -> App:
                 await asyncio.sleep(0.05)
             for word in taken:
                 numbers[word["key"]] += word["n"]
+
+    echo = app.topic("echo", partitions=PARTITIONS)
+
+    async def say(word: Any) -> None:
+        await echo.send(key=word["key"], value=word["n"])
+
+    @app.agent(words, name="echo", sink=[say])
+    async def repeat(stream: Any) -> Any:
+        async for _, word in stream.items():
+            yield word
 
     return app

@@ -103,6 +103,13 @@ class Input:
                 found[word["key"]] += word["n"]
         return dict(found)
 
+    def echoes(self) -> dict[str, list[int]]:
+        found: defaultdict[str, list[int]] = defaultdict(list)
+        for words in self.words:
+            for word in words:
+                found[word["key"]].append(word["n"])
+        return dict(found)
+
     def bad_words(self) -> list[tuple[int, int]]:
         return [(p, w["n"]) for p, words in enumerate(self.words) for w in words if w["kind"] == "bad"]
 

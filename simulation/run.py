@@ -49,7 +49,9 @@ def run_seed(seed: int, targets: tuple[str, ...] = (), *, calm: bool = False) ->
         warnings.simplefilter("ignore", RuntimeWarning)  # what a dead worker never awaited
         input, failed = Input(seed), set[Any]()
         idle = seed % 5 == 4
-        cluster = Cluster(lambda: build(failed, idle=idle), loop, dice, Path(folder), rocksdb=seed % 8 == 0)
+        cluster = Cluster(
+            lambda: build(failed, idle=idle, standbys=seed % 3 == 1), loop, dice, Path(folder), rocksdb=seed % 8 == 0
+        )
         LISTENER.cluster = cluster
         try:
             loop.run(_scenario(cluster, input, None if calm else Nemesis(cluster, targets, meddled="events"), idle))
@@ -141,9 +143,9 @@ async def _compare_sums(cluster: Cluster, input: Input) -> None:
         rows = cluster.sinks["redis"].rows[name].values() if name == "hourly" else cluster.rows(name)
         counted = sum(cast(int, row["n"]) for row in rows)
         letters = await cluster.records(f"late-{name}")
-        records = sum("sp-offset" in headers for _, _, _, headers in letters)
+        records = sum("sp-topic" in headers for _, _, _, headers in letters)
         merged = sum(int(decode_partial(value or b"")[1].integers(2)[0]) for _, _, value, headers in letters
-                     if "sp-window-start" in headers and "sp-offset" not in headers)  # fmt: skip
+                     if "sp-topic" not in headers)  # fmt: skip
         cluster.watch.require(
             counted + records + merged == len(events),
             f"{name}: {counted} counted, {records} + {merged} late, instead of {len(events)} events",
@@ -185,6 +187,11 @@ async def _compare_agents(cluster: Cluster, input: Input) -> None:
         sent[(key or b"").decode()].append(json.loads(value or b""))
     wanted = {key: list(range(1, count + 1)) for key, count in counts.items()}
     require(sent == wanted, f"out: {_difference(sent, wanted)}")
+    echoed: defaultdict[str, list[int]] = defaultdict(list)
+    for _, key, value, _ in await cluster.records("echo"):
+        echoed[(key or b"").decode()].append(json.loads(value or b""))
+    said = input.echoes()
+    require(echoed == said, f"echo: {_difference(echoed, said)}")
     dead = [(p, json.loads(value or b"")["n"]) for p, _, value, _ in await cluster.records("sim-words-dead-letters")]
     require(dead == input.bad_words(), f"dead words: {dead} instead of {input.bad_words()}")
     events = [(p, int(headers["sp-offset"])) for p, _, _, headers in await cluster.records("sim-events-dead-letters")]

@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from simulation.mutants import MUTANTS
 from simulation.run import LISTENER, Result, run_seed
+from streamproc.core import limits
 from streamproc.testing.simulation.steps import install
 
 __all__ = ["points", "prepare", "run_one", "run_seeds"]
@@ -17,21 +18,30 @@ __all__ = ["points", "prepare", "run_one", "run_seeds"]
 TARGETS = 6
 """Steps that a seed's workers are to die at."""
 CHUNK = 4
-_installed: tuple[str, ...] = ()
+SMALL = {
+    "REDIS_SLICE_ROWS_MAX": 4,
+    "SINK_CATCH_UP_BYTES_MAX": 400,
+    "RESTORE_WRITE_BYTES_MAX": 800,
+    "TRIM_INTERVAL_S": 2.0,
+}
+"""Bounds made so small that a short run meets them."""
+_points: list[str] = []
 
 
 def prepare(mutant: str | None = None) -> None:
     """Once in each process: put the steps in, with the break ``mutant`` if one is named."""
-    global _installed
+    global _points
     logging.disable(logging.CRITICAL)
-    _installed = install(LISTENER, MUTANTS[mutant].changes() if mutant else None).steps
+    for name, value in SMALL.items():
+        setattr(limits, name, value)
+    _points = install(LISTENER, MUTANTS[mutant].changes() if mutant else None).points
     gc.collect()
     gc.freeze()
 
 
 def points() -> list[str]:
-    """Where a worker can die: before and after each await."""
-    return [point for step in _installed for point in (step, f"{step}, after")]
+    """Where a worker can die: before and behind each await."""
+    return _points
 
 
 def run_one(seed: int) -> Result:

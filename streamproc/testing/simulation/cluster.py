@@ -71,6 +71,8 @@ class Cluster:
         self.sinks: dict[str, SimulatedSink] = {}
         self.group = ""
         """The consumer group: the application's id."""
+        self.on_start: Callable[[Worker], None] = lambda worker: None
+        """Told of each worker before anything of it runs."""
         self.workers: list[Worker] = []
         """All there ever were."""
         self.reached: set[str] = set()
@@ -120,6 +122,7 @@ class Cluster:
         worker.clock.skew_ms = self.clock.skew_ms
         self.workers.append(worker)
         self.say(f"{name} starts")
+        self.on_start(worker)
         worker.life = self.loop.start(process, self._live(worker))
         return worker
 

@@ -13,6 +13,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from streamproc.core import limits
 from streamproc.core.types import TopicPartition
@@ -24,6 +25,15 @@ __all__ = ["SimulatedCoordinator", "SimulatedMembership"]
 _CHECK_S = 0.25
 
 
+class Round(NamedTuple):
+    """What a member is told at the end of a round."""
+
+    generation: int
+    share: frozenset[TopicPartition]
+    standbys: frozenset[TopicPartition]
+    """Partitions of others whose state it is to keep warm."""
+
+
 @dataclass(eq=False)
 class _Member:
     """The coordinator's side of a member."""
@@ -31,7 +41,7 @@ class _Member:
     number: int
     topics: frozenset[str]
     heard_s: float
-    joined: asyncio.Future[tuple[int, frozenset[TopicPartition]]] | None = None
+    joined: asyncio.Future[Round] | None = None
     """Set while it waits in a round."""
     generation: int = -1
 
@@ -68,8 +78,8 @@ class SimulatedCoordinator:
         member.heard_s = self.loop.time()
         return "ok" if self._round_s is None else "rebalance"
 
-    def join(self, member: _Member) -> asyncio.Future[tuple[int, frozenset[TopicPartition]]]:
-        """Take part in the round; resolves to generation and share when it is over."""
+    def join(self, member: _Member) -> asyncio.Future[Round]:
+        """Take part in the round; resolves when it is over."""
         self.rebalance()
         member.joined = self.loop.create_future()
         return member.joined
@@ -105,17 +115,23 @@ class SimulatedCoordinator:
         for member in self.members.values():
             joined, member.joined, member.heard_s = member.joined, None, self.loop.time()
             if joined is not None and not joined.done():
-                joined.set_result((self.generation, shares[member]))
+                joined.set_result(Round(self.generation, *map(frozenset, shares[member])))
 
-    def _shares(self) -> dict[_Member, frozenset[TopicPartition]]:
-        shares: dict[_Member, set[TopicPartition]] = {member: set() for member in self.members.values()}
+    def _shares(self) -> dict[_Member, tuple[set[TopicPartition], set[TopicPartition]]]:
+        """What each holds, and what it keeps warm: a partition of somebody else's, or none."""
+        shares: dict[_Member, tuple[set[TopicPartition], set[TopicPartition]]] = {
+            member: (set(), set()) for member in self.members.values()
+        }
         topics = sorted({topic for member in shares for topic in member.topics})
         counts = {topic: self.partitions(topic) for topic in topics}
         for number in range(max(counts.values(), default=0)):
             able = [member for member in shares if all(topic in member.topics for topic in topics)]
-            owner = self.dice.choice(able)
-            shares[owner] |= {TopicPartition(topic, number) for topic in topics if number < counts[topic]}
-        return {member: frozenset(share) for member, share in shares.items()}
+            these = {TopicPartition(topic, number) for topic in topics if number < counts[topic]}
+            owner, second = self.dice.choice(able), self.dice.choice(able)
+            shares[owner][0].update(these)
+            if second is not owner:
+                shares[second][1].update(these)
+        return shares
 
 
 class SimulatedMembership:
@@ -127,6 +143,7 @@ class SimulatedMembership:
         self._topics: frozenset[str] = frozenset()
         self._listener: GroupListener | None = None
         self._held: frozenset[TopicPartition] = frozenset()
+        self._standbys: frozenset[TopicPartition] = frozenset()
         self._generation = -1
         self._failure: asyncio.Future[BaseException] | None = None
         self._living: list[asyncio.Task[None]] = []
@@ -140,6 +157,9 @@ class SimulatedMembership:
 
     def assignment(self) -> frozenset[TopicPartition]:
         return self._held
+
+    def standbys(self) -> frozenset[TopicPartition]:
+        return self._standbys
 
     async def confirm(self) -> bool:
         await self._pause()
@@ -173,10 +193,10 @@ class SimulatedMembership:
             await self._revoke()
             if answer == "unknown" or self._coordinator.heartbeat(self._member) == "unknown":
                 self._member = self._coordinator.enter(self._topics)
-            generation, share = await self._coordinator.join(self._member)
+            generation, share, standbys = await self._coordinator.join(self._member)
             await self._pause()
             async with self._calling:
-                self._held, self._generation = share, generation
+                self._held, self._standbys, self._generation = share, standbys, generation
                 assert self._listener is not None
                 await self._call(self._listener.on_assigned(share, generation))
 

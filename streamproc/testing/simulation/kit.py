@@ -16,6 +16,7 @@ from typing import Any, cast
 from streamproc.app import App
 from streamproc.core.batch import RawBatch
 from streamproc.core.errors import UserError
+from streamproc.core.limits import SESSION_TIMEOUT_S
 from streamproc.core.types import Offset, TopicPartition
 from streamproc.testing.simulation import steps
 from streamproc.testing.simulation.application import (
@@ -40,7 +41,9 @@ Oracle = Callable[[Outcome], object]
 TARGETS = 6
 """Steps that a seed's workers are to die at, beside what its dice draw."""
 WORKERS = 2
-INPUT_S = 15.0
+ROUNDS = 2
+"""Times that faults strike, with a while between for the application to get over them and go on."""
+INPUT_S = 20.0
 """How long the input of a run under faults takes to arrive, so that faults strike in the middle of it."""
 PORTION_MAX = 50
 """Records written at a time."""
@@ -235,8 +238,9 @@ class _Trial:
             for _ in range(WORKERS):
                 cluster.start()
             feeding = asyncio.create_task(self._feed(cluster, nemesis), name="feeding")
-            if nemesis is not None:
-                await nemesis.torment()
+            for _ in range(ROUNDS if nemesis is not None else 0):
+                assert nemesis is not None
+                await _torment(cluster, nemesis)
             await feeding
             cluster.slow_down((), 0.0)
             if nemesis is not None:
@@ -278,6 +282,14 @@ class _Trial:
                 queues.remove(queue)
             if nemesis is not None:
                 await asyncio.sleep(dice.uniform(0.0, 2.0) * INPUT_S * count / total)
+
+
+async def _torment(cluster: Cluster, nemesis: Nemesis) -> None:
+    """Faults, and longer than the session of a dead worker lasts. Workers go on dying at the seed's steps meanwhile."""
+    if nemesis._keeper is not None:
+        nemesis._keeper.cancel()  # each torment has one of its own
+    await nemesis.torment()
+    await asyncio.sleep(cluster.dice.uniform(SESSION_TIMEOUT_S, 2 * SESSION_TIMEOUT_S))
 
 
 async def settle(cluster: Cluster) -> None:

@@ -40,23 +40,23 @@ class Nemesis:
         """No worker is started while an operator is at it."""
         self._keeper: asyncio.Task[None] | None = None
         self._seen: set[Worker] = set()
-        self._aimed: set[Worker] = set()
         self._compactions = 0
         self._backed_up_at = -1
+        cluster.on_start = self._aim_at
 
     async def torment(self) -> None:
         """All of it; some twenty to forty seconds of virtual time."""
         self._keeper = asyncio.create_task(self._keep(), name="keeper")
         acts: list[tuple[Act, int]] = [
-            (self._storm, 4), (self._kill, 4), (self._kill_soon, 6), (self._restart, 3), (self._join, 2),
-            (self._rebalance, 2), (self._pause, 3), (self._sinks_fall, 3), (self._back_up_sinks, 2),
+            (self._storm, 8), (self._kill, 3), (self._kill_soon, 5), (self._restart, 5), (self._join, 2),
+            (self._rebalance, 3), (self._pause, 3), (self._sinks_fall, 4), (self._back_up_sinks, 2),
             (self._roll_back_sinks, 2), (self._compact, 3), (self._lose_disk, 2), (self._keep_disk, 2),
             (self._old_disk, 2), (self._disk_full, 2), (self._refuse, 2), (self._clock_back, 1),
             (self._days_pass, 1), (self._hang_transaction, 1),
         ]  # fmt: skip
         if self._source:
             acts += [(self._set_offsets, 1), (self._grow_source, 1), (self._remake_source, 1)]
-        for _ in range(self.dice.randrange(4, 10)):
+        for _ in range(self.dice.randrange(5, 12)):
             await asyncio.sleep(self.dice.choice((0.05, 1.0, 4.0)) * self.dice.random())
             act = self.dice.choices([act for act, _ in acts], [weight for _, weight in acts])[0]
             self.cluster.say(f"-- {getattr(act, '__name__', '')[1:]}")
@@ -107,12 +107,15 @@ class Nemesis:
 
     def _aim(self) -> None:
         """Whoever is new is to die at a target; if it does not come by there, somebody else later, and it elsewhere."""
+        for worker in self.cluster.alive:
+            if self.dice.random() < 0.05:
+                self._aim_at(worker)
+
+    def _aim_at(self, worker: Worker) -> None:
         self.targets = [target for target in self.targets if target not in self.cluster.died]
-        for worker in self.cluster.alive if not self._hands_off else ():
-            if self.targets and (worker not in self._aimed or self.dice.random() < 0.05):
-                self._aimed.add(worker)
-                self.targets.append(target := self.targets.pop(0))
-                self.cluster.arm(worker, target)
+        if self.targets:
+            self.targets.append(target := self.targets.pop(0))
+            self.cluster.arm(worker, target)
 
     def _take_disk(self) -> Disk | None:
         return self._disks.pop() if self._disks else None
@@ -167,9 +170,9 @@ class Nemesis:
     async def _storm(self) -> None:
         """Calls fail, answers are lost, everything is slow, for a while."""
         weather = self.cluster.weather
-        weather.broker = self.dice.choice((0.0, 0.02, 0.1))
-        weather.sink = self.dice.choice((0.0, 0.05, 0.2))
-        weather.slow = self.dice.choice((0.0, 0.0, 0.05))
+        weather.broker = self.dice.choice((0.0, 0.05, 0.15))
+        weather.sink = self.dice.choice((0.0, 0.1, 0.3))
+        weather.slow = self.dice.choice((0.0, 0.0, 0.1))
 
         async def end() -> None:
             await asyncio.sleep(self.dice.uniform(1, 8))
@@ -317,6 +320,18 @@ class Nemesis:
             self._hands_off = False
             self.feeding.set()
 
+    async def _start_and_wait(self) -> Worker:
+        """Until the worker has ended."""
+        worker = self.cluster.start(self._take_disk())
+        self._seen.add(worker)
+        for _ in range(600):
+            if not worker.running:
+                return worker
+            await asyncio.sleep(0.2)
+        self.cluster.watch.require(False, f"{worker.name} was to refuse to run, and goes on")
+        await self.cluster.stop(worker)
+        return worker
+
     async def _must_refuse(self, kind: type[WorkerFailure], words: str) -> None:
         """A worker that starts now stops with an error of this kind that has these words in it."""
         cluster = self.cluster
@@ -325,14 +340,10 @@ class Nemesis:
         cluster.weather.calm()
         for sink in sinks:
             sink.down = False
-        worker = cluster.start(self._take_disk())
-        self._seen.add(worker)
-        for _ in range(600):
-            if not worker.running:
-                break
-            await asyncio.sleep(0.2)
-        else:
-            cluster.kill(worker, "for it went on")
+        worker = await self._start_and_wait()
+        while worker.process.dead and worker.reason is None:  # it died at a step, which tells nothing
+            self._disks.append(worker.remains or worker.disk)
+            worker = await self._start_and_wait()
         fits = isinstance(worker.reason, kind) and words in str(worker.reason)
         cluster.watch.require(fits, f"{worker.name} was to stop with {kind.__name__} “…{words}…”: {worker.reason!r}")
         cluster.weather.note(f"refused to start: {kind.__name__}")

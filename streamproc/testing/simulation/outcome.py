@@ -265,7 +265,8 @@ def _contrast(found: Any, expected: Any) -> str:
         return f"too many: {_short(found - expected)}; missing: {_short(expected - found)}"
     if isinstance(found, list) and isinstance(expected, list):
         at = next(
-            (at for at, pair in enumerate(zip(found, expected, strict=False)) if not _same(*pair)), min(len(found), len(expected))
+            (at for at, pair in enumerate(zip(found, expected, strict=False)) if not _same(*pair)),
+            min(len(found), len(expected)),
         )
         there, wanted = (_short(of[at : at + _SHOWN]) for of in (found, expected))
         return f"{len(found)} records, expected {len(expected)}; from the {at + 1}. on {there}, expected {wanted}"

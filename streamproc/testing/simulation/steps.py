@@ -48,9 +48,21 @@ UNREACHED = {
     "Consumer.highwaters": "likewise",
     "Consumer.wait_empty": "Faust's shutdown when it holds records of its own",
     "Runtime.crash": "a service's failure, which is a bug",
+    "Runtime.partition_count: await self._require_topic": "a send to a topic that was not declared",
+    "Runtime._require_topic: await self.transport.create_topics([replace": "an agent that names no topic",
+    "Runtime._watch_membership: await self.app.crash": "a rebalance callback that fails, which is a bug",
+    "Agent.on_start: await super()": "an agent over an in-memory channel",
+    "Agent.on_stop: await super()": "likewise",
     "EmbeddedTransport._expire": "the broker's own",
 }
-"""Functions whose awaits a simulated run does not come through, and why."""
+"""Steps (function, or function and text) that a simulated run does not come by, and why."""
+ENDLESS = {
+    "Runtime._watch_membership: await membership.failed()": "a membership does not fail",
+    "SinkFeed._run: await self._feed(wake)": "a feed goes on until it is cancelled",
+    "AgentWork._start.run: await instance.spec.run": "an agent goes on until it is cancelled",
+    "Agent._run: await result": "likewise",
+}
+"""Steps that a worker can die before but not behind, and why."""
 Listener = Callable[[str], Awaitable[None] | None]
 """Told of each step: ``name`` before it and ``name, after`` behind it. It returns something to wait for, for ever perhaps."""
 _listener: Listener | None = None
@@ -66,6 +78,17 @@ class Instrumented:
     """With those of `UNREACHED`."""
     _old: Mapping[types.FunctionType, types.CodeType]
     _hook: Any
+
+    @property
+    def points(self) -> list[str]:
+        """Before and behind each step."""
+        endless = {step for step in self.steps if any(name in step for name in ENDLESS)}
+        return [
+            point
+            for step in self.steps
+            for point in (step, f"{step}, after")
+            if point.removesuffix(", after") == point or step not in endless
+        ]
 
     def uninstall(self) -> None:
         global _listener
@@ -192,7 +215,8 @@ class _Weaver(ast.NodeTransformer):
         if self._seen[step] > 1:
             step = f"{step} #{self._seen[step]}"
         self.every.append(step)
-        if not any(".".join(self._within).startswith(name) for name in UNREACHED):
+        at = step.removeprefix(self._file).lstrip()
+        if not any(at.startswith(name if ":" in name else f"{name}:") for name in UNREACHED):
             self.steps.append(step)
         return step
 
