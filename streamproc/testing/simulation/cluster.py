@@ -183,9 +183,13 @@ class Cluster:
     async def _live(self, worker: Worker) -> None:
         app = worker.app = self._build()
         self._adapt(app, worker)
-        await app.start()
-        await worker.stopping.wait()
+        starting, told = asyncio.ensure_future(app.start()), asyncio.ensure_future(worker.stopping.wait())
+        await asyncio.wait([starting, told], return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+        await told
         await app.stop()
+        starting.cancel()
         self.say(f"{worker.name} has stopped" + (f": {worker.reason}" if worker.reason else ""))
 
     def _adapt(self, app: App, worker: Worker) -> None:
