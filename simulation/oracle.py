@@ -12,7 +12,7 @@ from simulation.job import HOUR_MS, OUT_OF_ORDER_MS, PARTITIONS, TABLES
 __all__ = ["Input"]
 
 T0_MS = 1_690_000_000_000 // (24 * HOUR_MS) * 24 * HOUR_MS
-EVENTS, WORDS = 60, 40
+EVENTS, WORDS = 40, 24
 """Of each partition."""
 Event = dict[str, Any]
 
@@ -47,7 +47,7 @@ class Input:
 
     @staticmethod
     def _words(dice: random.Random, partition: int) -> list[dict[str, Any]]:
-        kinds = ["good"] * 40 + ["flaky"] * 2 + ["bad"]
+        kinds = ["good"] * 25 + ["flaky"] * 2 + ["bad"]
         return [
             {"key": f"{partition}{dice.choice('abcde')}", "n": at, "kind": dice.choice(kinds)} for at in range(WORDS)
         ]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import random
-import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +43,7 @@ def run_seed(seed: int, targets: tuple[str, ...] = (), *, calm: bool = False) ->
     dice = random.Random(seed)
     loop = virtual_loop(seed)
     result = Result(seed)
-    with warnings.catch_warnings(), scratch() as folder:
-        warnings.simplefilter("ignore", RuntimeWarning)  # what a dead worker never awaited
+    with scratch() as folder:
         input, failed = Input(seed), set[Any]()
         idle = seed % 5 == 4
         cluster = Cluster(
@@ -66,8 +63,6 @@ def run_seed(seed: int, targets: tuple[str, ...] = (), *, calm: bool = False) ->
             loop.time() - 1_000,
         )
         LISTENER.cluster = None
-        del cluster, loop
-        gc.collect()
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import multiprocessing
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
@@ -17,7 +18,9 @@ __all__ = ["points", "prepare", "run_one", "run_seeds"]
 
 TARGETS = 6
 """Steps that a seed's workers are to die at."""
-CHUNK = 4
+CHUNK = 5
+COLLECT_EVERY = 5
+"""Seeds between two collections of what dead workers left."""
 SMALL = {
     "REDIS_SLICE_ROWS_MAX": 4,
     "SINK_CATCH_UP_BYTES_MAX": 400,
@@ -32,6 +35,7 @@ def prepare(mutant: str | None = None) -> None:
     """Once in each process: put the steps in, with the break ``mutant`` if one is named."""
     global _points
     logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore", RuntimeWarning)  # what a dead worker never awaited
     for name, value in SMALL.items():
         setattr(limits, name, value)
     _points = install(LISTENER, MUTANTS[mutant].changes() if mutant else None).points
@@ -52,7 +56,8 @@ def run_one(seed: int) -> Result:
     try:
         return run_seed(seed, targets)
     finally:
-        gc.enable()
+        if seed % COLLECT_EVERY == 0:
+            gc.collect()
 
 
 def run_seeds(seeds: range, jobs: int, mutant: str | None) -> Iterator[Result]:

@@ -14,6 +14,9 @@ from typing import Any, Final, TypeVar
 from streamproc.app import App
 from streamproc.core.durations import Duration, milliseconds
 from streamproc.core.errors import UserError
+from streamproc.runtime.ownerwork import OwnerWork
+from streamproc.runtime.sourcework import SourceWork
+from streamproc.runtime.task import Phase, Task
 from streamproc.sinks.contract import Emit
 from streamproc.testing.simulation.application import Build, Record, Writer, apart, declared_topics, makers_of
 from streamproc.testing.simulation.cluster import Cluster, Worker, scratch
@@ -25,6 +28,7 @@ from streamproc.testing.simulation.watch import Broken
 __all__ = ["Driver"]
 
 T = TypeVar("T")
+LOOK_S = 0.05
 QUIET_S = 0.5
 """How long nothing may have been left to do: longer than two of the runtime's ticks."""
 REST_S = 400.0
@@ -54,6 +58,8 @@ class Driver:
             folder = Path(opening.enter_context(scratch()))
             app = make()
             self._writer = Writer(app)
+            # All is read: a commit of the owners, and time for what is on its way.
+            self._read_s = 2 * app.commit_interval_s + 1.0 if _never_rests(app) else REST_S
             self._loop = VirtualLoop(random.Random(0))
             self._cluster = Cluster(lambda: _going_on(make()), self._loop, random.Random(0), folder)
             self._loop.run(self._begin(app))
@@ -176,20 +182,40 @@ class Driver:
             self._rested = True
 
     async def _come_to_rest(self) -> None:
-        loop, quiet_s = self._loop, 0.0
-        end_s = loop.time() + REST_S
-        while quiet_s < QUIET_S:
+        end_s = self._loop.time() + REST_S
+        quiet_s = read_s = 0.0
+        while quiet_s < QUIET_S and read_s < self._read_s:
             raise_what_ended(self._cluster.workers)
             why = self._cluster.restless()
-            quiet_s = 0.0 if why else quiet_s + 0.05
-            if loop.time() > end_s:
+            quiet_s = 0.0 if why else quiet_s + LOOK_S
+            read_s = 0.0 if why and self._unread() else read_s + LOOK_S
+            if self._loop.time() > end_s:
                 raise AssertionError(f"The app has not come to rest within {REST_S:g} s: {why}.")
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(LOOK_S)
+
+    def _unread(self) -> bool:
+        """Whether a task that reads topics of the app's own has something in hand or to commit but its clock."""
+        tasks = [task for task in self._cluster.tasks() if not isinstance(task.work, OwnerWork)]
+        return not tasks or any(_has_unread(task) for task in tasks)
 
     @staticmethod
     def _require(name: str, known: list[str], kind: str) -> None:
         if name not in known:
             raise UserError(f"There is no {kind} {name!r}.", remedy=f"There are {', '.join(known) or 'none'}.")
+
+
+def _has_unread(task: Task) -> bool:
+    work = task.work
+    if task.phase is not Phase.RUNNING or work is None or task._inbox or work.failure is not None:
+        return True
+    clock_only = isinstance(work, SourceWork) and not work._records
+    return (work.dirty and not clock_only) or any(task.env.fetcher.lag(tp) != 0 for tp in work.resume_at())
+
+
+def _never_rests(app: App) -> bool:
+    """While its sources are idle their watermarks go on with processing time, and are committed."""
+    times = [source.event_time for source in app.declaration.sources]
+    return any(time.idle_after_ms is not None and time.idle == "advance" for time in times)
 
 
 def _going_on(app: App) -> App:

@@ -69,6 +69,12 @@ class Report:
     epochs: int = 0
     """Commits."""
 
+    def add(self, seed: int, run: _Run) -> None:
+        self.seeds.append(seed)
+        self.faults.update(run.faults)
+        self.died_at |= run.died
+        self.epochs += run.epochs
+
     def __str__(self) -> str:
         return (
             f"{len(self.seeds)} seeds: {self.epochs} commits, {sum(self.faults.values())} faults, "
@@ -94,25 +100,22 @@ def simulate(
     """
     name = repr(app) if isinstance(app, str) else getattr(app, "__name__", "app")
     chosen = list(seeds)
-    with apart("simulate()"), makers_of(app) as make, _instrumented() as points:
-        trial = _Trial(make, inputs, points)
+    with apart("simulate()"), makers_of(app) as make:
+        trial = _Trial(make, inputs)
         calm = trial.run(None)
         if calm.failure is not None:
             raise calm.failure
-        expected = calm.outcome
         if oracle is not None:
-            oracle(expected)  # what fails without any fault is a matter between app and oracle
-        report = Report(steps=len(points))
-        for seed in chosen:
-            run = trial.run(seed)
-            wrong = run.failure or _judged(run.outcome, expected, oracle)
-            if wrong is not None:
-                raise AssertionError(_told(name, seed, wrong, run.told)) from run.failure or wrong
-            report.seeds.append(seed)
-            report.faults.update(run.faults)
-            report.died_at |= run.died
-            report.epochs += run.epochs
-        return report
+            oracle(calm.outcome)  # what fails without any fault is a matter between app and oracle
+        with _instrumented() as places:
+            report = Report(steps=len(places))
+            for seed in chosen:
+                run = trial.run(seed, places)
+                wrong = run.failure or _judged(run.outcome, calm.outcome, oracle)
+                if wrong is not None:
+                    raise AssertionError(_told(name, seed, wrong, run.told)) from wrong
+                report.add(seed, run)
+    return report
 
 
 def _judged(found: Outcome, expected: Outcome, oracle: Oracle | None) -> AssertionError | None:
@@ -177,8 +180,8 @@ class _Run:
 class _Trial:
     """One app and its input, run again and again."""
 
-    def __init__(self, make: Build, inputs: Mapping[str, Iterable[Any]], points: Sequence[str]) -> None:
-        self._make, self._points = make, points
+    def __init__(self, make: Build, inputs: Mapping[str, Iterable[Any]]) -> None:
+        self._make = make
         app = make()
         writer = Writer(app)
         self._topics = declared_topics(app)
@@ -192,8 +195,8 @@ class _Trial:
         self._latest_ms = writer.latest_ms
         self._bounded = {source.topic for source in app.declaration.sources} & self._inputs
 
-    def run(self, seed: int | None) -> _Run:
-        """Under the faults that ``seed`` draws; None: without any."""
+    def run(self, seed: int | None, places: Sequence[str] = ()) -> _Run:
+        """Under the faults that ``seed`` draws; None: without any. ``places``: where workers can die."""
         run = _Run()
         dice, order = random.Random(f"dice {seed}"), random.Random(f"order {seed}")
         rocksdb = seed is not None and seed % ROCKSDB_EVERY == 0
@@ -202,7 +205,7 @@ class _Trial:
         try:
             with scratch() as folder:
                 cluster = _SlowlyRead(self._build, VirtualLoop(order), dice, Path(folder), rocksdb=rocksdb)
-                nemesis = None if seed is None else Nemesis(cluster, self._targets(seed))
+                nemesis = None if seed is None else Nemesis(cluster, _targets(seed, places))
                 _LISTENER.cluster = cluster
                 try:
                     run.outcome = cluster.loop.run(self._scenario(cluster, nemesis))
@@ -225,9 +228,6 @@ class _Trial:
         read_bounded(app, dict.fromkeys(self._bounded))
         app.commit_interval_s = min(app.commit_interval_s, COMMIT_S_MAX)
         return app
-
-    def _targets(self, seed: int) -> tuple[str, ...]:
-        return tuple(self._points[(seed * TARGETS + at) % len(self._points)] for at in range(TARGETS))
 
     async def _scenario(self, cluster: _SlowlyRead, nemesis: Nemesis | None) -> Outcome:
         await cluster.open()
@@ -282,6 +282,10 @@ class _Trial:
                 queues.remove(queue)
             if nemesis is not None:
                 await asyncio.sleep(dice.uniform(0.0, 2.0) * INPUT_S * count / total)
+
+
+def _targets(seed: int, places: Sequence[str]) -> tuple[str, ...]:
+    return tuple(places[(seed * TARGETS + at) % len(places)] for at in range(TARGETS))
 
 
 async def _torment(cluster: Cluster, nemesis: Nemesis) -> None:
