@@ -71,11 +71,8 @@ _ALL = (
                      "        await self.writer.apply(rows, held=moved, moved=moved)\n"),
     )),
     Mutant("ledger-by-offset", "epochs are compared, offsets never", (
-        (FEED, "        decision = decide(expired=False)\n",
-               "        decision = decide(expired=False)\n"
-               "        if isinstance(decision, CatchUp) and found.hint >= record.changelogs.get(self.table.changelog, 0):\n"
-               "            from streamproc.commit.ledger import UpToDate\n"
-               "            decision = UpToDate(decision.held, decision.claim)\n"),
+        (FEED, "self._replay(transport, decision.hint, decision.from_epoch)",
+               "self._replay(transport, max(decision.hint, record.changelogs.get(self.table.changelog, 0)), 0)"),
     )),
     Mutant("ledger-not-claimed", "the owner claims the ledger before it writes", (
         (FEED, CLAIM, "        self._held = decision.held or decision.claim\n"),

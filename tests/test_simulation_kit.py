@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from streamproc import App, UserError
 from streamproc.runtime.epoch import commit
 from streamproc.testing import Driver, FakeSink, Outcome, Record, simulate
 from tests.apps import events_avsc
+from tests.test_docs import ROOT, environment, write_files
 
 MINUTE_MS = 60_000
 AT = datetime(2026, 1, 1, tzinfo=UTC)
@@ -346,3 +348,17 @@ def test_what_the_app_does_not_have_is_named() -> None:
             driver.sink("redis")
         with pytest.raises(UserError, match="no topic 'nowhere'"):
             driver.topic("nowhere")
+
+
+# ---- the page for users
+
+
+@pytest.mark.slow
+def test_the_tests_of_the_page_for_users_pass(tmp_path: Path) -> None:
+    write_files(ROOT / "docs" / "testing-your-agents.md", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", str(tmp_path)],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "4 passed" in done.stdout

@@ -11,7 +11,7 @@ import sys
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -62,7 +62,9 @@ def makers_of(app: str | Build) -> Iterator[Build]:
     """What makes the app anew at each call. A name is ``module:attribute``; the module, and what it imports of its own
     top-level package, is executed again each time, and what was imported before is back on leaving."""
     if isinstance(app, str):
-        with _own_modules(app.partition(":")[0].partition(".")[0]) as forget:
+        module = app.partition(":")[0]
+        package = module.partition(".")[0]
+        with _own_modules(module if package == "streamproc" else package) as forget:
 
             def load() -> App:
                 forget()
@@ -115,7 +117,7 @@ def _each_a_new_one(build: Build, name: str) -> Build:
     return make
 
 
-def read_bounded(app: App, topics: Mapping[str, Any]) -> None:
+def read_bounded(app: App, topics: Collection[str]) -> None:
     """Have pipelines read ``topics`` as inputs that end where they end when the app first starts, and no source be idle:
     so the outcome depends on the input alone, and every window closes."""
     for source in app.declaration.sources:
@@ -129,14 +131,10 @@ def read_bounded(app: App, topics: Mapping[str, Any]) -> None:
 def declared_topics(app: App) -> list[TopicSpec]:
     """Topics that a broker holds before the app first starts, with `PARTITIONS` where it leaves the number open."""
     return [
-        replace_count(spec, spec.partitions or PARTITIONS)
+        TopicSpec(spec.name, spec.partitions or PARTITIONS, spec.config)
         for spec in app.declared_topics()
         if spec.partitions or not app._declared[spec.name].internal
     ]
-
-
-def replace_count(spec: TopicSpec, partitions: int) -> TopicSpec:
-    return TopicSpec(spec.name, partitions, spec.config)
 
 
 class Writer:

@@ -60,10 +60,10 @@ class Driver:
             self._writer = Writer(app)
             # All is read: a commit of the owners, and time for what is on its way.
             self._read_s = 2 * app.commit_interval_s + 1.0 if _never_rests(app) else REST_S
-            self._loop = VirtualLoop(random.Random(0))
+            self._loop = VirtualLoop(random.Random(0))  # type: ignore[abstract]  # nobody calls the rest
             self._cluster = Cluster(lambda: _going_on(make()), self._loop, random.Random(0), folder)
-            self._loop.run(self._begin(app))
             opening.callback(self._close)
+            self._loop.run(self._begin(app))
             self._open = opening.pop_all()
         return self
 
@@ -113,6 +113,7 @@ class Driver:
     def rows(self, table: str, emit: Emit = "on_update") -> list[Row]:
         """A pipeline's table, by keys and window: group keys, ``window_start``, ``window_end``, aggregates. ``emit``: only
         rows that a sink with it would have been told of: ``"on_close"``: their window is closed; ``"final"``: for good."""
+        self._require(emit, list(_STATES), "emit")
         self._require(table, [handle.name for handle in self._some_app().declaration.tables], "table of a pipeline")
         self._rest()
         return read_rows(self._cluster, table, _STATES[emit])
@@ -149,15 +150,21 @@ class Driver:
         await self._cluster.broker.create_topics(declared_topics(app))
         for _ in range(self._count):
             self._cluster.start()
-        await asyncio.sleep(0)  # so that every worker has its app
+        await self._built()
 
     async def _start(self, dead: Worker | None) -> None:
         self._cluster.start(dead.remains if dead is not None else None)
-        await asyncio.sleep(0)
+        await self._built()
 
     async def _restart(self, worker: Worker) -> None:
         self._cluster.start(await self._cluster.stop(worker))
-        await asyncio.sleep(0)
+        await self._built()
+
+    async def _built(self) -> None:
+        """Every worker has its app; raises what went wrong in making it."""
+        while any(worker.app is None for worker in self._cluster.alive):
+            await asyncio.sleep(0)
+        raise_what_ended(self._cluster.workers)
 
     def _worker(self, number: int) -> Worker:
         raise_what_ended(self._cluster.workers)

@@ -193,39 +193,44 @@ class _Trial:
                 self._queues.setdefault(TopicPartition(topic, partition), []).append(out)
         self._inputs = frozenset(inputs)
         self._latest_ms = writer.latest_ms
-        self._bounded = {source.topic for source in app.declaration.sources} & self._inputs
+        self._bounded = self._inputs & {source.topic for source in app.declaration.sources}
 
     def run(self, seed: int | None, places: Sequence[str] = ()) -> _Run:
         """Under the faults that ``seed`` draws; None: without any. ``places``: where workers can die."""
-        run = _Run()
-        dice, order = random.Random(f"dice {seed}"), random.Random(f"order {seed}")
-        rocksdb = seed is not None and seed % ROCKSDB_EVERY == 0
+        collecting = gc.isenabled()
         gc.collect()
         gc.disable()  # a collection in mid-run would depend on what ran before
         try:
             with scratch() as folder:
-                cluster = _SlowlyRead(self._build, VirtualLoop(order), dice, Path(folder), rocksdb=rocksdb)
-                nemesis = None if seed is None else Nemesis(cluster, _targets(seed, places))
-                _LISTENER.cluster = cluster
-                try:
-                    run.outcome = cluster.loop.run(self._scenario(cluster, nemesis))
-                except (AssertionError, UserError) as failure:
-                    run.failure = failure
-                if (broken := cluster.watch.broken) and not isinstance(run.failure, UserError):
-                    run.failure = AssertionError("; ".join([*broken[:3], *([str(run.failure)] if run.failure else [])]))
-                run.told, run.faults, run.died = cluster.told, cluster.weather.counts, cluster.died
-                run.epochs = cluster.watch.epochs
+                return self._run(seed, places, Path(folder))
         except BaseException as failure:
-            failure.add_note(f"While simulating seed {seed}.")
+            failure.add_note(f"While simulating {'no faults' if seed is None else f'seed {seed}'}.")
             raise
         finally:
             _LISTENER.cluster = None
-            gc.enable()
+            if collecting:
+                gc.enable()
+
+    def _run(self, seed: int | None, places: Sequence[str], folder: Path) -> _Run:
+        run = _Run()
+        loop = VirtualLoop(random.Random(f"order {seed}"))  # type: ignore[abstract]  # nobody calls the rest
+        rocksdb = seed is not None and seed % ROCKSDB_EVERY == 0
+        cluster = _SlowlyRead(self._build, loop, random.Random(f"dice {seed}"), folder, rocksdb=rocksdb)
+        _LISTENER.cluster = cluster
+        try:
+            nemesis = None if seed is None else Nemesis(cluster, _targets(seed, places))
+            run.outcome = loop.run(self._scenario(cluster, nemesis))
+        except (AssertionError, UserError) as failure:
+            run.failure = failure.with_traceback(None)  # its frames would keep what a dead worker abandoned
+        if (broken := cluster.watch.broken) and not isinstance(run.failure, UserError):
+            run.failure = AssertionError("; ".join([*broken[:3], *([str(run.failure)] if run.failure else [])]))
+        run.told, run.faults, run.died = cluster.told, cluster.weather.counts, cluster.died
+        run.epochs = cluster.watch.epochs
         return run
 
     def _build(self) -> App:
         app = self._make()
-        read_bounded(app, dict.fromkeys(self._bounded))
+        read_bounded(app, self._bounded)
         app.commit_interval_s = min(app.commit_interval_s, COMMIT_S_MAX)
         return app
 
@@ -249,7 +254,7 @@ class _Trial:
             else:
                 await settle(cluster)
             await cluster.check_changelogs()
-            return await read_outcome(cluster, dict.fromkeys(self._inputs), self._latest_ms)
+            return await read_outcome(cluster, self._inputs, self._latest_ms)
         finally:
             await cluster.close()
 

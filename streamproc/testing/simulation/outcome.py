@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import islice
@@ -63,7 +63,7 @@ class Outcome:
     """Which of `topics` are late records and dead letters."""
 
 
-async def read_outcome(cluster: Cluster, inputs: Mapping[str, Any], latest_ms: Mapping[str, int]) -> Outcome:
+async def read_outcome(cluster: Cluster, inputs: Collection[str], latest_ms: Mapping[str, int]) -> Outcome:
     """Of a cluster at rest. ``latest_ms``: the highest event time of each input."""
     app = _some_app(cluster)
     found = Outcome()
