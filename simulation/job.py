@@ -18,12 +18,14 @@ PARTITIONS = 2
 OUT_OF_ORDER_MS = 10 * 60_000
 TABLES: dict[str, tuple[int, int]] = {"hourly": (HOUR_MS, 30 * 60_000), "daily": (24 * HOUR_MS, 0)}
 """Window and allowed lateness."""
+HANGS_S = 20.0
+"""Longer than a barrier waits."""
 SCHEMAS = Path(__file__).parent / "schemas"
 
 
 def build(failed: set[Any], *, idle: bool = False, standbys: int = 0) -> App:
-    """``failed``: what the agents remember outside of the application, of records that fail once. ``idle``: a partition
-    without records holds nobody back, so that what is late is a matter of timing."""
+    """``failed``: what the agents remember outside of the application, of records that fail or hang once. ``idle``: a
+    partition without records holds nobody back, so that what is late is a matter of timing."""
     event_time = sp.event_time("at", out_of_orderness="10m", idle="hold")
     if idle:
         event_time = sp.event_time("at", out_of_orderness="10m", idle="hold", idle_after="1500ms")
@@ -57,6 +59,9 @@ def build(failed: set[Any], *, idle: bool = False, standbys: int = 0) -> App:
                 if word["n"] % 3 == 0:
                     await asyncio.sleep(0.01)
                 this = (word["key"], word["n"])
+                if word["kind"] == "stuck" and this not in failed:
+                    failed.add(this)
+                    await asyncio.sleep(HANGS_S)
                 if word["kind"] == "bad" or (word["kind"] == "flaky" and this not in failed):
                     failed.add(this)
                     raise ValueError

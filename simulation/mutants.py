@@ -44,6 +44,10 @@ FEED, OWNER, RESTORE, LOG = (
 PRODUCE = "    offsets = await parts.producer.produce(records)\n"
 END = "    await parts.producer.end(commit=True)\n"
 MOVE = "        await self.writer.apply(rows, held=self._held, moved=moved)\n        self._held = moved\n"
+GIVEN_UP = (
+    '        self.overlays = _Shut(f"Agent {self.spec.name} was given up")\n'
+    "        if self.runner is not None:\n            self.runner.cancel()\n"
+)
 CLAIM = "        await self.writer.apply(None, held=decision.held, moved=decision.claim)\n        self._held = decision.claim\n"
 REPLAYED = 'if row.epoch >= from_epoch and row.tombstone != "expire":'
 MERGED = '            if change.tombstone != "expire":\n'
@@ -170,6 +174,87 @@ _ALL = (
                 "    await parts.producer.send_offsets(least_positions(positions), parts.group)\n"
                 "    early = Writes()\n    for overlay in parts.overlays.values():\n        overlay.writes(early)\n"
                 "    meta = parts.store.meta()\n    if meta is not None:\n        parts.store.write(early, meta)\n"),
+    )),
+    Mutant("group-offsets-not-compared", "the group's offsets are those of the commit record", (
+        (START, "    if not first:\n        await _require_group_offsets(parts, record)\n", ""),
+    )),
+    Mutant("group-offsets-not-sent", "the group's offsets go with the commit record", (
+        (EPOCH, "    await parts.producer.send_offsets(least_positions(positions), parts.group)\n", ""),
+    )),
+    Mutant("state-of-no-record-kept", "no commit record but a changelog that is not empty stops the worker", (
+        ("commit/start.py", "        if held:\n", "        if False:\n"),
+    )),
+    Mutant("ledger-ahead-believed", "a ledger above the commit record: the log has lost data", (
+        ("commit/ledger.py", "    if found.epoch > epoch:\n", "    if False:\n"),
+    )),
+    Mutant("ledger-of-another-log-taken-over", "a ledger of another log stops the worker", (
+        ("commit/ledger.py", "    if found.epoch == 0:\n", "    if True:\n"),
+    )),
+    Mutant("rebuild-leaves-strays", "a rebuilt sink holds no row that is neither live nor past", (
+        (FEED, "        if identity:\n            since_ms", "        if False:\n            since_ms"),
+    )),
+    Mutant("rebuild-drops-the-past", "a rebuilt sink keeps what left the state by retention", (
+        (FEED, "            since_ms = min(start for *_, start in identity)\n", "            since_ms = 0\n"),
+    )),
+    Mutant("rebuild-writes-nothing", "a sink without a ledger is given all live rows", (
+        (FEED, "            await self.writer.apply(rows, held=self._held, moved=self._held)\n            starts =",
+               "            starts ="),
+    )),
+    Mutant("hint-too-far", "a replay for a sink starts where its ledger stands", (
+        (FEED, "                hint = last.applied.get(self.table.changelog, 0)\n",
+               "                hint = last.applied.get(self.table.changelog, 0) + 6\n"),
+    )),
+    Mutant("failed-step-forgotten", "what a sink did not take is given to it again", (
+        (FEED, "                self._at_once = max(len(epochs) // 2, 1)\n",
+               "                self._at_once = max(len(epochs) // 2, 1)\n                for _ in epochs:\n"
+               "                    self._queue_bytes -= self._queue.popleft().size_bytes\n"),
+    )),
+    Mutant("full-disk-ignored", "a WriteBatch that failed is made up for from the log", (
+        (EPOCH, "    parts.store.write(writes, StoreMeta(record.log_id, record.epoch, applied, parts.clock.now_ms()))\n",
+                "    try:\n        parts.store.write(writes, StoreMeta(record.log_id, record.epoch, applied, "
+                "parts.clock.now_ms()))\n    except OSError:\n        pass\n"),
+    )),
+    Mutant("barrier-does-not-wait", "the barrier waits for what is handed out", (
+        (AGENTS, "            if self.failure is None:\n                await asyncio.wait_for(self._all_idle.wait(), "
+                 "limits.BARRIER_TIMEOUT_S)\n", "            await asyncio.sleep(0)\n"),
+    )),
+    Mutant("barrier-time-out-ignored", "an epoch whose agent holds a record for too long is given up", (
+        (AGENTS, "            if slow is None:  # in the very moment\n                return\n", "            return\n"),
+    )),
+    Mutant("given-up-agent-goes-on", "each epoch that failed makes the agents anew, and the old ones touch nothing", (
+        (AGENTS, GIVEN_UP, "        pass\n"),
+    )),
+    Mutant("stale-batches-kept", "what was fetched before a restart is forgotten", (
+        (TASK, "        self._inbox.clear()\n        self._paused.clear()\n", "        self._paused.clear()\n"),
+    )),
+    Mutant("trimmed-past-the-commit", "repartition topics are trimmed behind the committed positions only", (
+        ("runtime/runtime.py", "                    at = task.committed_position(task.work.tp)\n",
+                               "                    at = task.work.resume_at()[task.work.tp]\n"),
+    )),
+    Mutant("id-of-the-owner", "a task's transactional id is the same with every owner", (
+        (TASK, '{env.group.name}:{self.id.partition}")', '{env.group.name}:{self.id.partition}:{id(env)}")'),
+    )),
+    Mutant("tasks-not-closed", "a task's old instance is closed before its next one starts", (
+        ("runtime/runtime.py", "        self.app.on_rebalance_start()\n        await self.close_tasks()\n",
+                               "        self.app.on_rebalance_start()\n"),
+        ("runtime/runtime.py", "        self.app.consumer_generation_id = generation\n        await self.close_tasks()\n",
+                               "        self.app.consumer_generation_id = generation\n"),
+    )),
+    Mutant("standby-left-open", "a standby lets go of its store before its task starts there", (
+        ("runtime/runtime.py", "        await self.standbys.keep(wanted)\n", ""),
+    )),
+    Mutant("outputs-kept", "what a failed epoch sent is not sent again", (
+        (AGENTS, "        self.overlays, self._outputs, self._output_bytes = overlays, {}, 0\n",
+                 "        self.overlays = overlays\n"),
+    )),
+    Mutant("dead-letter-without-its-tries", "a record is set aside when it has failed N times, not before", (
+        (AGENTS, "        hopeless = suspect is not None and suspect.offset == offset and "
+                 "suspect.failures >= instance.spec.tries\n",
+                 "        hopeless = suspect is not None and suspect.offset == offset\n"),
+    )),
+    Mutant("dedupe-not-kept", "what was seen is state like any other", (
+        ("operators/dedupe.py", "        for key, value in self._state.scan(b\"\", None):\n            start, _, _ =",
+                                "        for key, value in ():\n            start, _, _ ="),
     )),
     Mutant("aborted-epoch-replayed-from-its-end", "an epoch that failed is read again from its beginning", (
         (TASK, "        self.work.release()\n        self._resume()\n", "        self.work.release()\n"),

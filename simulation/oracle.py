@@ -47,7 +47,7 @@ class Input:
 
     @staticmethod
     def _words(dice: random.Random, partition: int) -> list[dict[str, Any]]:
-        kinds = ["good"] * 25 + ["flaky"] * 2 + ["bad"]
+        kinds = ["good"] * 25 + ["flaky"] * 2 + ["bad", "stuck"]
         return [
             {"key": f"{partition}{dice.choice('abcde')}", "n": at, "kind": dice.choice(kinds)} for at in range(WORDS)
         ]

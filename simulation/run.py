@@ -23,6 +23,9 @@ from streamproc.transport.contract import OutRecord
 
 __all__ = ["Result", "run_seed"]
 
+PATIENCE = 8
+"""How many fifths of a second a portion of the input waits for a commit."""
+
 
 @dataclass
 class Result:
@@ -87,7 +90,7 @@ async def _scenario(cluster: Cluster, input: Input, nemesis: Nemesis | None, idl
             cluster.start()
         feeding = asyncio.create_task(_feed(cluster, input, nemesis))
         if nemesis is not None:
-            await nemesis.torment()
+            await nemesis.torment(feeding)
         await feeding
         if nemesis is not None:
             await nemesis.make_peace()
@@ -105,7 +108,8 @@ async def _scenario(cluster: Cluster, input: Input, nemesis: Nemesis | None, idl
 
 
 async def _feed(cluster: Cluster, input: Input, nemesis: Nemesis | None) -> None:
-    """The input, in small portions over some twenty seconds; the order between partitions is drawn."""
+    """The input, in small portions over some thirty seconds; the order between partitions is drawn. A portion waits for
+    a commit of what was there before, for a while: what is fed to nobody ends in one epoch, which few faults can hit."""
     encoder = Encoder(load_schema(SCHEMAS / "event.avsc"), 1)
     queues: list[tuple[str, int, list[OutRecord]]] = []
     for partition in range(PARTITIONS):
@@ -128,7 +132,12 @@ async def _feed(cluster: Cluster, input: Input, nemesis: Nemesis | None) -> None
         del records[:count]
         if not records:
             queues.remove(queue)
+        before = cluster.watch.epochs
         await asyncio.sleep(dice.uniform(0.0, 1.2))
+        for _ in range(PATIENCE):
+            if cluster.watch.epochs > before:
+                break
+            await asyncio.sleep(0.2)
 
 
 async def _compare_sums(cluster: Cluster, input: Input) -> None:

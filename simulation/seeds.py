@@ -26,6 +26,9 @@ SMALL = {
     "SINK_CATCH_UP_BYTES_MAX": 400,
     "RESTORE_WRITE_BYTES_MAX": 800,
     "TRIM_INTERVAL_S": 2.0,
+    "SESSION_TIMEOUT_S": 3.0,
+    "BARRIER_TIMEOUT_S": 2.0,
+    "SINK_QUEUE_EPOCHS_MAX": 4,
 }
 """Bounds made so small that a short run meets them."""
 _points: list[str] = []

@@ -12,10 +12,11 @@ from aiokafka.client import AIOKafkaClient, CoordinationType
 from aiokafka.cluster import ClusterMetadata
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka.coordinator.protocol import ConsumerProtocol
 from aiokafka.protocol import admin, commit, fetch, group, metadata, offset, produce, transaction
 
 from streamproc.core.types import TopicPartition
-from streamproc.transport.kafka.heartbeat import StaticHeartbeat
+from streamproc.transport.kafka.heartbeat import StaticHeartbeat, StaticLeave
 from streamproc.transport.kafka.names import PRIVATE_NAMES
 from streamproc.transport.kafka.wire import by_topic, kafka_tp
 
@@ -34,7 +35,7 @@ def names_of(schema: object) -> list[str]:
 
 
 def test_the_list_names_what_these_tests_cover() -> None:
-    assert len(PRIVATE_NAMES) == 13
+    assert len(PRIVATE_NAMES) == 14
     assert aiokafka.__version__.startswith("0.14.")
 
 
@@ -108,6 +109,7 @@ def test_a_produce_answer_has_partition_code_and_offset_first() -> None:
         (admin.DeleteRecordsRequest([("t", [(0, 5)])], 5_000), admin.DeleteRecordsRequest_v2),
         (group.HeartbeatRequest("group", 3, "member"), group.HeartbeatRequest_v1),
         (StaticHeartbeat("group", 3, "member", "instance"), StaticHeartbeat._CLASSES[0]),
+        (StaticLeave("group", "member", "instance"), StaticLeave._CLASSES[0]),
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
@@ -126,6 +128,13 @@ def test_the_default_assignor_gives_a_member_the_same_numbers_of_all_topics() ->
         numbers = {topic: sorted(numbers) for topic, numbers in assigned.assignment}
         assert numbers["a"] == numbers["b"]
         assert len(numbers["a"]) == 2
+
+
+def test_an_assignment_is_topics_with_partitions() -> None:
+    encoded = ConsumerProtocol.ASSIGNMENT(0, [("a", [0, 2])], b"told").encode()
+    given = ConsumerProtocol.ASSIGNMENT.decode(encoded)
+    assert [(topic, numbers) for topic, numbers in given.assignment] == [("a", [0, 2])]
+    assert given.user_data == b"told"
 
 
 def test_the_consumer_keeps_its_coordinator_with_generation_member_and_errors() -> None:

@@ -107,15 +107,16 @@ def events(count: int = 60) -> list[Record]:
 
 
 def test_an_app_that_keeps_to_tables_leaves_what_a_run_without_faults_leaves() -> None:
-    report = simulate(counts_words, {"words": [*WORDS, Record("bad", key="a")]}, seeds=range(3))
-    assert report.seeds == [0, 1, 2]
+    report = simulate(counts_words, {"words": [*WORDS, Record("bad", key="a")]}, seeds=range(2))
+    assert report.seeds == [0, 1]
     assert report.epochs > 20
     assert report.died_at
     assert 0 < len(report.died_at) < report.steps
-    assert str(report).startswith("3 seeds: ")
+    assert str(report).startswith("2 seeds: ")
 
 
 def test_state_outside_of_tables_is_caught_and_the_failure_says_where_why_and_how_to_replay() -> None:
+    code, hook, disabled = commit.__code__, sys.unraisablehook, logging.root.manager.disable
     with pytest.raises(AssertionError) as failed:
         simulate(remembers_outside_of_tables(), {"words": WORDS}, seeds=range(3))
     told = str(failed.value)
@@ -124,17 +125,19 @@ def test_state_outside_of_tables_is_caught_and_the_failure_says_where_why_and_ho
     )
     assert "is killed" in told
     assert re.search(r"To replay: simulate\(build, …, seeds=\[[012]\]\)", told)
+    # Everything else in the process is as it was.
+    assert commit.__code__ is code
+    assert (sys.unraisablehook, logging.root.manager.disable) == (hook, disabled)
+    assert asyncio._get_running_loop() is None
 
 
 def test_a_seed_has_the_same_course_whatever_ran_before_it() -> None:
-    def course() -> str:
+    def course(seeds: list[int]) -> str:
         with pytest.raises(AssertionError) as failed:
-            simulate(counts_words, {"words": WORDS}, seeds=[5], oracle=Failing(after=1))
+            simulate(counts_words, {"words": WORDS}, seeds, oracle=Failing(after=len(seeds)))
         return str(failed.value)
 
-    first = course()
-    simulate(counts_words, {"words": WORDS}, seeds=[6])
-    assert course() == first
+    assert course([6, 5]) == course([5])
 
 
 class Failing:
@@ -166,11 +169,11 @@ def test_an_oracle_of_ones_own_sees_tables_topics_late_records_dead_letters_and_
 
     seen = events()
     seen[0] = Record({**event(0, 0, "DE"), "amount": 0.0}, key="DE")
-    simulate(revenue(), {"events": seen}, seeds=range(2), oracle=oracle)
+    simulate(revenue(), {"events": seen}, seeds=[0], oracle=oracle)
 
 
 def test_a_pipeline_with_idle_sources_depends_on_its_input_alone(revenue: Callable[..., Callable[[], App]]) -> None:
-    simulate(revenue(idle_after="1s"), {"events": events(40)}, seeds=range(2))
+    simulate(revenue(idle_after="1s"), {"events": events(30)}, seeds=[0])
 
 
 def test_outputs_per_key_are_in_order() -> None:
@@ -181,7 +184,7 @@ def test_outputs_per_key_are_in_order() -> None:
         assert sent == list(range(1, 25))
         assert outcome.topics["words-words-dead-letters"] == []
 
-    simulate(counts_words, {"words": WORDS}, seeds=[1], oracle=oracle)
+    simulate(counts_words, {"words": WORDS}, seeds=[], oracle=oracle)
 
 
 def test_an_oracle_that_fails_without_any_fault_is_no_seeds_failure() -> None:
@@ -229,15 +232,6 @@ def test_a_named_app_is_executed_anew_for_every_worker_and_its_modules_are_put_b
     assert "wordshop.agents" not in set(sys.modules) - before
     for name in [name for name in sys.modules if name.startswith("wordshop")]:
         monkeypatch.delitem(sys.modules, name)
-
-
-def test_everything_else_in_the_process_is_as_it_was() -> None:
-    code, hook, disabled = commit.__code__, sys.unraisablehook, logging.root.manager.disable
-    with pytest.raises(AssertionError):
-        simulate(counts_words, {"words": WORDS}, seeds=[0], oracle=Failing(after=1))
-    assert commit.__code__ is code
-    assert (sys.unraisablehook, logging.root.manager.disable) == (hook, disabled)
-    assert asyncio._get_running_loop() is None
 
 
 @pytest.mark.parametrize("use", [lambda: simulate(counts_words, {}), lambda: Driver(counts_words).__enter__()])

@@ -30,6 +30,10 @@ class Assignor(PartitionAssignor):
                 assignments[member].standbys.update((topic, sorted(standbys[member])) for topic in topics)
         return super()._global_table_standby_assignments(assignments, partitions_by_topic)
 
+    def topics_of(self, assignment: Any) -> Set[str]:
+        """Topics that the leader shared with this member when it made ``assignment``, whether or not any of it fell to it."""
+        return frozenset(ClientMetadata.loads(self._decompress(assignment.user_data)).assignment.actives)
+
     def on_assignment(self, assignment: Any) -> None:
         """A static member gets its last assignment again, made for the address that it had. Faust asserts that they agree;
         other workers ask at the old address until the next rebalance."""

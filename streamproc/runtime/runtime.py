@@ -16,7 +16,7 @@ from mode import Service
 
 from streamproc.core import limits
 from streamproc.core.clock import Clock
-from streamproc.core.errors import BrokerUnavailable, InvariantBroken, UserError, WorkerFailure
+from streamproc.core.errors import BrokerUnavailable, InvariantBroken, LogLost, UserError, WorkerFailure
 from streamproc.core.types import Offset, TaskId, TopicPartition
 from streamproc.runtime.monitor import SensorFeed
 from streamproc.runtime.ownerwork import OwnerWork
@@ -338,6 +338,9 @@ class Runtime(Service):
                 await self.clock.sleep(limits.RETRY_BACKOFF_S_MAX)
                 continue
             except WorkerFailure as failure:
+                if isinstance(failure, LogLost) and await self._moved_away():
+                    await self.clock.sleep(limits.RETRY_BACKOFF_S_MAX)
+                    continue
                 await self.app.crash(failure)
                 return
             self._sensors.fetched(batch)
@@ -345,6 +348,14 @@ class Runtime(Service):
             if task is not None:
                 task.offer(batch)
             await asyncio.sleep(0)
+
+    async def _moved_away(self) -> bool:
+        """Whether others may own our partitions: who stood still for longer than its session finds its positions trimmed by
+        the next owner, and has lost nothing."""
+        try:
+            return not await self._member().confirm()
+        except BrokerUnavailable:
+            return True  # it will be asked again
 
     @Service.task
     async def _commit_timer(self) -> None:

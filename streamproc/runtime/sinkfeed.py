@@ -193,14 +193,7 @@ class SinkFeed:
         await self.writer.apply(None, held=decision.held, moved=decision.claim)
         self._held = decision.claim
         if isinstance(decision, CatchUp):
-            rows, size_bytes = Rows(), 0
-            async for key, value in self._replay(transport, decision.hint, decision.from_epoch):
-                rows[key] = value
-                size_bytes += len(key) + len(value or b"")
-                if size_bytes >= limits.SINK_CATCH_UP_BYTES_MAX:  # the ledger stays: a crash here repeats absolute rows
-                    await self.writer.apply(self._sink_rows(rows), held=self._held, moved=self._held)
-                    rows, size_bytes = Rows(), 0
-            await self._move(self._sink_rows(rows), record.epoch, record.changelogs.get(self.table.changelog, 0))
+            await self._catch_up(record, transport, decision.hint, decision.from_epoch)
         elif isinstance(decision, Rebuild):
             logger.info("sink %s of task %s is rebuilt: %s", self.name, self.task, decision.reason)
             await self._rebuild(store)
@@ -217,16 +210,28 @@ class SinkFeed:
                 break
         return self.clock.now_ms() - oldest_ms > limits.DELETE_RETENTION_MS
 
+    async def _catch_up(self, record: CommitRecord, transport: Transport, hint: Offset, from_epoch: int) -> None:
+        """Apply the changelog's epochs from ``from_epoch`` on, some whole ones at a time. The ledger goes along: a crash or an
+        outage goes on from there, and shows no row as it was before."""
+        rows, size_bytes, epoch = Rows(), 0, from_epoch
+        async for row in self._replay(transport, hint, from_epoch):
+            if row.epoch > epoch and size_bytes >= limits.SINK_CATCH_UP_BYTES_MAX:
+                await self._move(self._sink_rows(rows), epoch, row.offset)
+                rows, size_bytes = Rows(), 0
+            rows[row.key], epoch = row.value, row.epoch
+            size_bytes += len(row.key) + len(row.value or b"")
+        await self._move(self._sink_rows(rows), record.epoch, record.changelogs.get(self.table.changelog, 0))
+
     async def _replay(
         self, transport: Transport, hint: Offset, from_epoch: int
-    ) -> AsyncIterator[tuple[bytes, bytes | None]]:
+    ) -> AsyncIterator[changelog.ChangelogRow]:
         """Rows of ``from_epoch`` and later in log order; expired rows are none of a sink's business."""
         tp = TopicPartition(self.table.changelog, self.task.partition)
         ends = (await transport.offsets([tp]))[tp]
         async for batch in transport.read(tp, Offset(max(hint, ends.begin)), ends.stable):
             for row in changelog.read(batch):
                 if row.epoch >= from_epoch and row.tombstone != "expire":
-                    yield row.key, row.value
+                    yield row
 
     async def _rebuild(self, store: Store) -> None:
         """No ledger, or none that can be trusted: upsert all live rows, then drop what is neither live nor past.

@@ -98,21 +98,28 @@ class SimulatedBroker(EmbeddedTransport):
     def count(self, topic: str) -> int:
         return self._log.topics.count(topic) or 0
 
+    def spec(self, topic: str) -> TopicSpec:
+        """As it was made."""
+        partitions = self._log.topics.partitions(topic)
+        return TopicSpec(topic, len(partitions), dict(partitions[0].config))
+
     def compacted(self) -> list[str]:
         """Topics that a broker compacts."""
         return sorted(
             topic for topic in self._log.topics if any(p.compacted for p in self._log.topics.partitions(topic))
         )
 
-    async def compact_some(self, topic: str, share: float) -> None:
-        """Compact the older ``share`` of each partition: a broker never does it all at once."""
+    async def compact_some(self, topic: str, share: float) -> int:
+        """Compact the older ``share`` of each partition: a broker never does it all at once. Returns how many records went."""
+        gone = 0
         for partition in self._log.topics.partitions(topic):
             until = partition.begin + int((partition.stable - partition.begin) * share)
             partition.open[_NOBODY] = until  # nothing behind an open transaction is compacted
             try:
-                compact(self._file, partition, self._clock.now_ms())
+                gone += compact(self._file, partition, self._clock.now_ms())
             finally:
                 del partition.open[_NOBODY]
+        return gone
 
     def set_partitions(self, topic: str, count: int) -> None:
         """More or fewer partitions of a topic, as an operator's hand does it; nobody may be writing."""
@@ -293,11 +300,15 @@ class LineProducer:
         weather = self._line.weather
         self._failed = True
         await self._line.arrives(name)
-        if name != "fence" and weather.strikes(weather.broker / 8, f"fenced: {name}"):
+        if name != "fence" and weather.strikes(weather.broker / 4, f"fenced: {name}"):
             raise ProducerFenced("The simulation let the transaction time out.")
         if name == "end" and weather.strikes(weather.broker, "EndTxn lost"):
             raise UnknownOutcome("The simulation lost EndTxn on its way.")
-        await what()
+        try:
+            await what()
+        except ProducerFenced:
+            weather.note(f"an old owner was fenced: {name}")
+            raise
         if again is not None and weather.strikes(weather.broker, f"asked twice: {name}"):
             await again()
         if name == "end" and weather.strikes(weather.broker, "EndTxn's answer lost"):

@@ -26,7 +26,7 @@ from streamproc.testing.simulation.disk import Disk
 from streamproc.testing.simulation.loop import Process, VirtualClock, VirtualLoop, current_process
 from streamproc.testing.simulation.sink import SimulatedSink
 from streamproc.testing.simulation.watch import Watch
-from streamproc.transport.contract import OutRecord, TopicSpec
+from streamproc.transport.contract import OutRecord, PartitionOffsets, TopicSpec
 
 __all__ = ["Cluster", "Worker"]
 
@@ -239,10 +239,10 @@ class Cluster:
         return found
 
     async def remake(self, topic: str, records: Mapping[int, Sequence[OutRecord]]) -> None:
-        """Delete a topic and make it again with ``records``."""
-        count = self.broker.count(topic)
+        """Delete a topic and make it again, as it was declared, with ``records``."""
+        spec = self.broker.spec(topic)
         await self.broker.delete_topics([topic])
-        await self.create(topic, count)
+        await self.broker.create_topics([spec])
         for partition, rows in records.items():
             await self.send(topic, partition, *rows)
 
@@ -316,12 +316,20 @@ class Cluster:
                 raise AssertionError(f"after {seconds:g} s without faults: {why}")
             await asyncio.sleep(0.1)
 
+    async def _ended(self, tp: TopicPartition) -> PartitionOffsets:
+        """Offsets once no transaction is open: behind somebody's that hangs there may be committed records."""
+        while True:
+            ends = (await self.broker.offsets([tp]))[tp]
+            if ends.stable == ends.end:
+                return ends
+            await asyncio.sleep(0.5)
+
     async def check_changelogs(self) -> None:
         """Each store holds what its changelogs say, no more and no less: what a start from nothing would restore."""
         for task in self.tasks():
             for table in task.env.group.tables:
                 tp = TopicPartition(table.changelog, task.id.partition)
-                ends = (await self.broker.offsets([tp]))[tp]
+                ends = await self._ended(tp)
                 logged: dict[bytes, bytes] = {}
                 async for batch in self.broker.read(tp, Offset(ends.begin), ends.stable):
                     for row in changelog.read(batch):

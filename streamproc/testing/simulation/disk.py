@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ class Disk:
         self._weather, self._watch = weather, watch
         self._memory: dict[str, MemoryStore] = {}
         self._open: dict[str, SimulatedStore] = {}
+        self._standbys: dict[str, None] = {}
+        """Stores that a standby had last."""
 
     def open(self, folder: Path) -> Store:
         """What `App.open_store` does."""
@@ -34,7 +37,20 @@ class Disk:
         self._watch.require(name not in self._open, f"{self.process.name} opened the store {name} twice")
         inner = open_or_discard(self.folder / name) if self.rocksdb else self._memory.setdefault(name, MemoryStore())
         self._open[name] = SimulatedStore(self, name, inner)
+        self._note(name, inner.meta() is not None)
         return self._open[name]
+
+    def _note(self, name: str, warm: bool) -> None:
+        running = asyncio.current_task()
+        standby = running is not None and running.get_name().startswith("standby ")
+        if standby:
+            self._standbys[name] = None
+            self._weather.note("standby opened its store")
+        elif warm and name in self._standbys:
+            del self._standbys[name]
+            self._weather.note("task took over a standby's store")
+        else:
+            self._weather.note("task opened a store with state" if warm else "task opened an empty store")
 
     def copy(self, folder: Path) -> Disk:
         """What another process finds that opens these files now: everything that was written, as after kill -9."""
@@ -56,6 +72,9 @@ class Disk:
         self._watch.stored(self.process, (group, int(partition)), meta)
         self._weather.refuse_disk()
 
+    def wiped(self) -> None:
+        self._weather.note("store with state wiped")
+
     def closed(self, name: str) -> None:
         self._open.pop(name, None)
 
@@ -76,6 +95,8 @@ class SimulatedStore:
         self.inner.write(writes, meta)
 
     def wipe(self) -> None:
+        if self.inner.meta() is not None:
+            self._disk.wiped()
         self.inner.wipe()
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Coroutine
 from contextlib import ExitStack
@@ -59,7 +60,7 @@ class Driver:
             app = make()
             self._writer = Writer(app)
             # All is read: a commit of the owners, and time for what is on its way.
-            self._read_s = 2 * app.commit_interval_s + 1.0 if _never_rests(app) else REST_S
+            self._read_s = 2 * app.commit_interval_s + 1.0 if _never_rests(app) else math.inf
             self._loop = VirtualLoop(random.Random(0))  # type: ignore[abstract]  # nobody calls the rest
             self._cluster = Cluster(lambda: _going_on(make()), self._loop, random.Random(0), folder)
             opening.callback(self._close)
@@ -162,8 +163,9 @@ class Driver:
 
     async def _built(self) -> None:
         """Every worker has its app; raises what went wrong in making it."""
-        while any(worker.app is None for worker in self._cluster.alive):
-            await asyncio.sleep(0)
+        for worker in self._cluster.alive:
+            while worker.running and worker.app is None:  # noqa: ASYNC110  # a tick or two, in virtual time
+                await asyncio.sleep(0)
         raise_what_ended(self._cluster.workers)
 
     def _worker(self, number: int) -> Worker:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from streamproc.app import App
 from streamproc.core.batch import RawBatch
-from streamproc.core.errors import UserError
+from streamproc.core.errors import StreamprocError, UserError
 from streamproc.core.limits import SESSION_TIMEOUT_S
 from streamproc.core.types import Offset, TopicPartition
 from streamproc.testing.simulation import steps
@@ -316,6 +316,8 @@ def raise_what_ended(workers: Iterable[Worker]) -> None:
         failure = worker.reason
         if failure is None and not worker.process.dead and worker.life is not None and worker.life.done():
             failure = worker.life.exception()
+        if isinstance(failure, StreamprocError):
+            raise failure.with_traceback(None)  # says what it has to say; its frames would keep what was abandoned
         if failure is not None:
             raise failure
 

@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
+import msgspec
+
 from streamproc.core.errors import LogLost, UserError, WorkerFailure
 from streamproc.core.types import Offset, TopicPartition
 from streamproc.testing.simulation.cluster import Cluster, Worker
@@ -42,22 +44,25 @@ class Nemesis:
         self._seen: set[Worker] = set()
         self._compactions = 0
         self._backed_up_at = -1
-        cluster.on_start = self._aim_at
+        cluster.on_start = self._aim_at_some
 
-    async def torment(self) -> None:
-        """All of it; some twenty to forty seconds of virtual time."""
+    async def torment(self, feeding: asyncio.Future[None] | None = None) -> None:
+        """All of it: a few acts, and with ``feeding`` so many more that there is work to be spoilt until that is done."""
         self._keeper = asyncio.create_task(self._keep(), name="keeper")
-        acts: list[tuple[Act, int]] = [
+        acts: list[tuple[Act, float]] = [
             (self._storm, 8), (self._kill, 3), (self._kill_soon, 5), (self._restart, 5), (self._join, 2),
-            (self._rebalance, 3), (self._pause, 3), (self._sinks_fall, 4), (self._back_up_sinks, 2),
+            (self._rebalance, 3), (self._pause, 5), (self._sinks_fall, 4), (self._back_up_sinks, 2),
             (self._roll_back_sinks, 2), (self._compact, 3), (self._lose_disk, 2), (self._keep_disk, 2),
             (self._old_disk, 2), (self._disk_full, 2), (self._refuse, 2), (self._clock_back, 1),
-            (self._days_pass, 1), (self._hang_transaction, 1),
+            (self._days_pass, 0.5), (self._hang_transaction, 1), (self._lose_ledgers, 1),
         ]  # fmt: skip
         if self._source:
-            acts += [(self._set_offsets, 1), (self._grow_source, 1), (self._remake_source, 1)]
-        for _ in range(self.dice.randrange(5, 12)):
-            await asyncio.sleep(self.dice.choice((0.05, 1.0, 4.0)) * self.dice.random())
+            acts += [(act, 0.4) for act in (self._set_offsets, self._grow_source, self._remake_source,
+                                            self._lose_commits, self._put_sink_ahead)]  # fmt: skip
+        least = self.dice.randrange(5, 12)
+        while least > 0 or (feeding is not None and not feeding.done()):
+            least -= 1
+            await asyncio.sleep(self.dice.choice((0.05, 2.0, 5.0)) * self.dice.random())
             act = self.dice.choices([act for act, _ in acts], [weight for _, weight in acts])[0]
             self.cluster.say(f"-- {getattr(act, '__name__', '')[1:]}")
             await act()
@@ -110,6 +115,11 @@ class Nemesis:
         for worker in self.cluster.alive:
             if self.dice.random() < 0.05:
                 self._aim_at(worker)
+
+    def _aim_at_some(self, worker: Worker) -> None:
+        """Not at each that starts: who always dies while it starts never has anything to lose."""
+        if self.dice.random() < 0.4:
+            self._aim_at(worker)
 
     def _aim_at(self, worker: Worker) -> None:
         self.targets = [target for target in self.targets if target not in self.cluster.died]
@@ -168,10 +178,11 @@ class Nemesis:
     # ---- the outside
 
     async def _storm(self) -> None:
-        """Calls fail, answers are lost, everything is slow, for a while."""
+        """Calls fail, answers are lost, everything is slow, for a while. Often it is the sinks' alone: while the broker
+        fails too, they are told little."""
         weather = self.cluster.weather
-        weather.broker = self.dice.choice((0.0, 0.05, 0.15))
-        weather.sink = self.dice.choice((0.0, 0.1, 0.3))
+        weather.broker = self.dice.choice((0.0, 0.0, 0.05, 0.15))
+        weather.sink = self.dice.choice((0.0, 0.2, 0.4))
         weather.slow = self.dice.choice((0.0, 0.0, 0.1))
 
         async def end() -> None:
@@ -206,10 +217,32 @@ class Nemesis:
             if self.dice.random() < 0.7 and sink.roll_back():
                 self.cluster.weather.note("sink rolled back")
 
+    async def _lose_ledgers(self) -> None:
+        """What sinks know of their tasks is gone, with a row in them that nobody wrote: they are rebuilt. Their rows go
+        as well, as long as none has left the state by retention, for nothing could bring that back."""
+        for worker in self.cluster.alive:
+            self.cluster.kill(worker)
+        watch = self.cluster.watch
+        for sink in self.cluster.sinks.values():
+            if self.dice.random() < 0.7 and not watch.is_behind(sink.name, sink.ledgers):
+                sink.stain(watch.holds_rows)
+                sink.ledgers.clear()
+                if not watch.rows_expired and self.dice.random() < 0.5:
+                    sink.rows.clear()
+                self.cluster.weather.note("sink lost its ledgers")
+
     async def _compact(self) -> None:
+        if self._sinks_need_the_log():
+            return
         self._compactions += 1
         for topic in self.cluster.broker.compacted():
-            await self.cluster.broker.compact_some(topic, self.dice.choice((0.3, 0.7, 1.0)))
+            gone = await self.cluster.broker.compact_some(topic, self.dice.choice((0.3, 0.7, 1.0)))
+            if gone:
+                self.cluster.weather.note("compaction removed records")
+
+    def _sinks_need_the_log(self) -> bool:
+        """A sink that was rolled back has not caught up again: what has left the state by then is in the log alone."""
+        return any(self.cluster.watch.is_behind(sink.name, sink.ledgers) for sink in self.cluster.sinks.values())
 
     async def _hang_transaction(self) -> None:
         """Somebody's transaction stays open in a changelog until it times out."""
@@ -256,11 +289,15 @@ class Nemesis:
 
     async def _days_pass(self) -> None:
         """Nobody ran for longer than tombstones are kept, and the log was compacted; some disk is older still."""
+        if self._sinks_need_the_log():
+            return
         if (worker := self._one()) is not None and self.dice.random() < 0.7:
             old = self.cluster.copy_disk(worker.disk)
             await asyncio.sleep(self.dice.uniform(1, 10))
             self._disks.append(old)
         async with self._operator():
+            if self._sinks_need_the_log():
+                return
             self.cluster.clock.skew_ms += 8 * DAY_MS
             self._compactions += 1
             for topic in self.cluster.broker.compacted():
@@ -298,6 +335,39 @@ class Nemesis:
             await self.cluster.remake(self._source, {})
             await self._must_refuse(LogLost, self._source)
             await self.cluster.remake(self._source, backup)
+
+    async def _lose_commits(self) -> None:
+        """A commits topic is made anew, empty; then somebody brings its records back."""
+        async with self._operator():
+            # A task without any row of its own begins anew: there is nothing to see that it once was.
+            watch, count = self.cluster.watch, self.cluster.broker.count(self._source)
+            groups = [
+                group
+                for group, partition in watch.records
+                if partition == 0
+                and all(watch.holds_rows(group.removeprefix("table-"), number) for number in range(count))
+            ]
+            if not groups:
+                return
+            topic = f"{self.cluster.group}-{self.dice.choice(groups)}-commits"
+            backup = await self.cluster.back_up(topic)
+            await self.cluster.remake(topic, {})
+            await self._must_refuse(LogLost, "has no commit record")
+            await self.cluster.remake(topic, backup)
+
+    async def _put_sink_ahead(self) -> None:
+        """A sink knows of an epoch that the log does not have: the log was rolled back, or is another one."""
+        async with self._operator():
+            sink = self.dice.choice([*self.cluster.sinks.values(), None])
+            if sink is None or not (owners := [owner for owner, at in sink.ledgers.items() if at.epoch > 0]):
+                return
+            owner = self.dice.choice(owners)
+            ledger = sink.ledgers[owner]
+            another = self.dice.random() < 0.5
+            wrong = {"log_id": "another"} if another else {"epoch": ledger.epoch + 1_000}
+            sink.ledgers[owner] = msgspec.structs.replace(ledger, **wrong)
+            await self._must_refuse(LogLost, "another" if another else "log has lost")
+            sink.ledgers[owner] = ledger
 
     def _read_up_to(self) -> int:
         """The committed position in partition 0 of the source."""

@@ -110,6 +110,8 @@ def install(listener: Listener, mutations: Mapping[str, Callable[[str], str]] | 
     paths = sorted({path for part in SCOPE for path in (root / part).rglob("*.py")} | {root / name for name in changes})
     for path in paths:
         name = str(path.relative_to(root))
+        if name in OUTSIDE and name not in changes:  # it may need a package that is not installed
+            continue
         importlib.import_module("streamproc." + name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"))
         source = path.read_text()
         if name in changes:
@@ -128,7 +130,7 @@ def install(listener: Listener, mutations: Mapping[str, Callable[[str], str]] | 
         of = codes.get(function.__code__.co_filename)
         if of is not None and function.__module__ and function.__module__.startswith("streamproc."):
             _replace(function, of, old)
-    for path in paths:
+    for path in map(Path, codes):
         module = sys.modules[
             "streamproc." + str(path.relative_to(root)).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
         ]

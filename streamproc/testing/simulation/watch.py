@@ -7,12 +7,13 @@ promise that was broken with the step and the moment.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from streamproc.commit import record as commit_record
 from streamproc.commit.ledger import Ledger
 from streamproc.commit.record import CommitRecord
 from streamproc.core.types import TopicPartition
+from streamproc.operators.tablerows import is_row
 from streamproc.state.contract import StoreMeta
 from streamproc.testing.simulation.loop import Process
 from streamproc.transport.contract import OutRecord
@@ -50,6 +51,24 @@ class Watch:
     def require(self, condition: object, what: str) -> None:
         if not condition and not self.over:
             self.broken.append(f"at {self._now_s():.3f} s: {what}")
+
+    @property
+    def rows_expired(self) -> bool:
+        """Whether a row has left a table by retention."""
+        return any(self._expired.values())
+
+    def holds_rows(self, table: str, partition: int) -> bool:
+        """Whether a pipeline's table has rows that have not left it."""
+        return any(
+            _owner_of(tp) == (f"table-{table}", partition)
+            and any(is_row(key) for key in keys.keys() - self._expired[tp].keys())
+            for tp, keys in list(self._changed.items())
+        )
+
+    def is_behind(self, sink: str, ledgers: Mapping[tuple[str, str, int], Ledger]) -> bool:
+        """Whether ``sink`` stands further back than it once did: somebody has rolled it back."""
+        at = {(f"table-{table}", partition): ledger.epoch for (_, table, partition), ledger in ledgers.items()}
+        return any(at.get(task, -1) < sinks.get(sink, -1) for task, sinks in self._sunk.items())
 
     def require_alive(self, process: Process, what: str) -> None:
         self.require(not process.dead, f"dead worker {process.name} called {what}")

@@ -5,7 +5,8 @@ never asked for. aiokafka logs and swallows what a rebalance callback raises and
 for the next poll, and we never poll: both are kept here and given out by `failed`.
 
 A *static* member (`group.instance.id`) never says that it leaves: it comes back under its id within the session time-out
-and finds its partitions as they were, and nobody else has heard of it.
+and finds its partitions as they were, and nobody else has heard of it. If it now reads other topics than those that
+they were shared by, it leaves after all and joins anew: the group would not share on its own.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener  # type: ignore
 from aiokafka.coordinator.assignors.range import (  # type: ignore[import-untyped,unused-ignore]
     RangePartitionAssignor,
 )
+from aiokafka.coordinator.protocol import ConsumerProtocol  # type: ignore[import-untyped,unused-ignore]
 from aiokafka.errors import KafkaError  # type: ignore[import-untyped,unused-ignore]
-from aiokafka.protocol.group import HeartbeatRequest  # type: ignore[import-untyped,unused-ignore]
+from aiokafka.protocol.group import HeartbeatRequest, SyncGroupRequest  # type: ignore[import-untyped,unused-ignore]
 
 from streamproc.core import limits
 from streamproc.core.errors import BrokerUnavailable, FencedInstanceId, UserError
 from streamproc.core.types import TopicPartition
 from streamproc.transport.contract import GroupListener
 from streamproc.transport.kafka.codes import ASK_COORDINATOR_AGAIN, Code, name_of
-from streamproc.transport.kafka.heartbeat import StaticHeartbeat
+from streamproc.transport.kafka.heartbeat import StaticHeartbeat, StaticLeave
 from streamproc.transport.kafka.wire import NoAnswer, Retry, Wire
 
 __all__ = ["KafkaMembership"]
@@ -69,6 +71,9 @@ class KafkaMembership:
             "rebalance_timeout_ms": round(rebalance_timeout_s * 1000),
         }
         self._instance_id = instance_id
+        self._topics: frozenset[str] = frozenset()
+        self._first = True
+        """No assignment has come yet: a static member's first may be of its last life."""
         self._consumer: Any = None
         self._listener: GroupListener | None = None
         self._held: frozenset[TopicPartition] = frozenset()
@@ -86,7 +91,7 @@ class KafkaMembership:
                     f"Topic {topic!r} does not exist, so group {self._group!r} cannot read it.",
                     remedy="Create it (`streamproc topics MODULE --create`), or correct its name.",
                 )
-        self._listener = listener
+        self._listener, self._topics = listener, frozenset(topics)
         self._failure = asyncio.get_running_loop().create_future()
         self._consumer = AIOKafkaConsumer(
             bootstrap_servers=self._wire.addresses,
@@ -112,7 +117,7 @@ class KafkaMembership:
                 "Start the broker, or correct the app's broker setting."
             ) from error
         if self._instance_id is not None:
-            self._hear_of_fencing(self._consumer._coordinator, self._instance_id)
+            self._speak_as(self._instance_id, self._consumer._coordinator)
         self._consumer.subscribe(list(topics), listener=_Callbacks(self))
         self._watcher = asyncio.create_task(self._watch(), name=f"membership {self._group}")
 
@@ -176,14 +181,23 @@ class KafkaMembership:
                 )
                 return
 
-    def _hear_of_fencing(self, coordinator: Any, instance_id: str) -> None:
-        """Look at every answer to aiokafka's group requests, and give its heartbeats the instance id."""
+    def _speak_as(self, instance_id: str, coordinator: Any) -> None:
+        """Look at every answer to aiokafka's group requests, give its heartbeats the instance id, and do not let it take a
+        first assignment that was made for other topics."""
         send = coordinator._send_req
 
         async def sent(request: Any) -> Any:
             if isinstance(request, HeartbeatRequest):
                 request = StaticHeartbeat(self._group, coordinator.generation, coordinator.member_id, instance_id)
             answer = await send(request)
+            if self._first and isinstance(request, SyncGroupRequest) and answer.error_code == Code.NONE:
+                self._first = False
+                if not self._fits(answer.member_assignment):
+                    log.info("static member %s reads other topics than before: it joins anew", instance_id)
+                    left = await send(StaticLeave(self._group, coordinator.member_id, instance_id))
+                    self._first = left.error_code != Code.NONE  # the coordinator has moved: once more
+                    fenced = any(code == Code.FENCED_INSTANCE_ID for *_, code in left.members)
+                    answer.error_code = Code.FENCED_INSTANCE_ID if fenced else Code.UNKNOWN_MEMBER_ID
             if answer.error_code == Code.FENCED_INSTANCE_ID:
                 self._fail(
                     FencedInstanceId(
@@ -194,6 +208,14 @@ class KafkaMembership:
             return answer
 
         coordinator._send_req = sent
+
+    def _fits(self, assignment: bytes) -> bool:
+        """Whether partitions were shared by the topics that this member reads: aiokafka dies of one that it does not read,
+        and nobody would read one that was not shared. Of the latter only our own assignor tells."""
+        given = ConsumerProtocol.ASSIGNMENT.decode(assignment)
+        told = getattr(self._assignor, "topics_of", None)
+        shared = self._topics if told is None else told(given)
+        return self._topics <= shared and all(topic in self._topics for topic, _ in given.assignment)
 
     async def _revoke(self) -> None:
         async with self._calling:

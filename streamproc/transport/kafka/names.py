@@ -22,6 +22,7 @@ PRIVATE_NAMES: Final[dict[str, str]] = {
     "aiokafka.protocol": "request classes: metadata, fetch, produce, transaction, offset, commit, admin, group",
     "aiokafka.protocol.fetch.FetchResponse_v11": "layout of an answer: aborted transactions, record set last",
     "aiokafka.coordinator.assignors.range.RangePartitionAssignor": "the default assignor",
+    "aiokafka.coordinator.protocol.ConsumerProtocol.ASSIGNMENT": "what a SyncGroup answers: topics with partitions",
     "aiokafka.AIOKafkaConsumer._coordinator": "generation, member_id, check_errors",
     "aiokafka.consumer.group_coordinator.GroupCoordinator._send_req": "all its requests of the group protocol; replaced",
 }
