@@ -75,8 +75,8 @@ _ALL = (
                      "        await self.writer.apply(rows, held=moved, moved=moved)\n"),
     )),
     Mutant("ledger-by-offset", "epochs are compared, offsets never", (
-        (FEED, "self._replay(transport, decision.hint, decision.from_epoch)",
-               "self._replay(transport, max(decision.hint, record.changelogs.get(self.table.changelog, 0)), 0)"),
+        (FEED, "self._replay(transport, hint, from_epoch)",
+               "self._replay(transport, max(hint, record.changelogs.get(self.table.changelog, 0)), 0)"),
     )),
     Mutant("ledger-not-claimed", "the owner claims the ledger before it writes", (
         (FEED, CLAIM, "        self._held = decision.held or decision.claim\n"),

@@ -47,10 +47,13 @@ class Input:
 
     @staticmethod
     def _words(dice: random.Random, partition: int) -> list[dict[str, Any]]:
-        kinds = ["good"] * 25 + ["flaky"] * 2 + ["bad", "stuck"]
-        return [
+        """One hangs: an agent that does so several times in a row ends its worker, as it should."""
+        kinds = ["good"] * 25 + ["flaky"] * 2 + ["bad"]
+        found = [
             {"key": f"{partition}{dice.choice('abcde')}", "n": at, "kind": dice.choice(kinds)} for at in range(WORDS)
         ]
+        dice.choice(found)["kind"] = "stuck"
+        return found
 
     def tables(self) -> tuple[dict[str, dict[Any, Any]], dict[str, list[tuple[int, int]]]]:
         """Rows of every table: (country, window's start) -> (n, amount, kinds); and late records: (partition, offset)."""

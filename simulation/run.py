@@ -50,7 +50,7 @@ def run_seed(seed: int, targets: tuple[str, ...] = (), *, calm: bool = False) ->
         input, failed = Input(seed), set[Any]()
         idle = seed % 5 == 4
         cluster = Cluster(
-            lambda: build(failed, idle=idle, standbys=seed % 3 == 1), loop, dice, Path(folder), rocksdb=seed % 8 == 0
+            lambda: build(failed, idle=idle, standbys=seed % 2), loop, dice, Path(folder), rocksdb=seed % 8 == 0
         )
         LISTENER.cluster = cluster
         try:

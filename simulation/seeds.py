@@ -28,6 +28,7 @@ SMALL = {
     "TRIM_INTERVAL_S": 2.0,
     "SESSION_TIMEOUT_S": 3.0,
     "BARRIER_TIMEOUT_S": 2.0,
+    "REVOKE_S": 3.0,
     "SINK_QUEUE_EPOCHS_MAX": 4,
 }
 """Bounds made so small that a short run meets them."""

@@ -31,7 +31,8 @@ SINK_QUEUE_BYTES_MAX: Final = 64 << 20
 """Rows of committed epochs that wait for one sink of one task; beyond it, as beyond `SINK_QUEUE_EPOCHS_MAX`, its sources
 pause. The one epoch that goes over it is kept too: it is committed."""
 SINK_CATCH_UP_BYTES_MAX: Final = 8 << 20
-"""Rows handed to a sink at a time while it is rebuilt or caught up: a table may be larger than the memory."""
+"""Rows handed to a sink at a time while it is rebuilt or caught up, then to the end of an epoch: a table may be larger
+than the memory."""
 SINK_TIMEOUT_S: Final = 10.0
 """One answer of Redis or Postgres."""
 DELETE_RETENTION_MS: Final = 7 * 24 * 3600 * 1000

@@ -206,7 +206,7 @@ class Cluster:
         app.conf.web_enabled = False
         app.conf.topic_disable_leader = True
         app.conf.datadir = worker.disk.folder
-        app.make_transport = lambda: line  # type: ignore[method-assign, assignment, return-value]
+        app.make_transport = lambda: line  # type: ignore[method-assign]
         app.open_store = worker.disk.open  # type: ignore[method-assign]
         app.crash = crash  # type: ignore[method-assign]
         for handle in app.declaration.tables:
