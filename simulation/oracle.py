@@ -12,7 +12,7 @@ from simulation.job import HOUR_MS, OUT_OF_ORDER_MS, PARTITIONS, TABLES
 __all__ = ["Input"]
 
 T0_MS = 1_690_000_000_000 // (24 * HOUR_MS) * 24 * HOUR_MS
-EVENTS, WORDS = 40, 24
+EVENTS, WORDS = 32, 20
 """Of each partition."""
 Event = dict[str, Any]
 

@@ -81,6 +81,9 @@ class Nemesis:
         await asyncio.sleep(0.5)
         if self._keeper is not None:
             self._keeper.cancel()
+        if self._sinks_need_the_log():  # a task sees it when it next writes, and now there is nothing more to write
+            for worker in cluster.alive:
+                cluster.kill(worker)
         self._account()
         if not cluster.alive:
             cluster.start(self._take_disk())
