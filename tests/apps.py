@@ -63,7 +63,7 @@ async def running(app: App) -> AsyncIterator[App]:
         await app.stop()
 
 
-async def until(condition: Callable[[], object], what: str, seconds: float = 30.0) -> None:
+async def until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
     """Wait for ``condition``; the failure says ``what`` was waited for."""
     end = time.monotonic() + seconds
     while not condition():

@@ -179,7 +179,7 @@ def test_defaults_are_faust_s_but_for_what_keeps_the_promises(tmp_path: Path) ->
     assert ours <= {
         "Agent", "Table", "TableManager", "Topic", "Worker", "broker", "broker_consumer", "broker_producer", "store",
         "broker_session_timeout", "broker_heartbeat_interval", "web_bind", "web_host", "worker_redirect_stdouts",
-        "canonical_url", "reply_to", "node_hostname",
+        "canonical_url", "reply_to", "node_hostname", "PartitionAssignor", "table_standby_replicas",
     }  # fmt: skip
     assert conf.web_bind == "127.0.0.1"
     assert not app.in_transaction, "Faust's own transactions stay off; ours are always on"

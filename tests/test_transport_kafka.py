@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 
+from streamproc.core import limits
 from streamproc.core.clock import SystemClock
 from streamproc.core.errors import BrokerUnavailable, ProduceRefused, ProducerFenced, UnknownOutcome, UserError
 from streamproc.core.types import Offset, TopicPartition
@@ -242,8 +243,11 @@ def mortal() -> Iterator[KafkaServer]:
 
 @pytest.mark.kafka
 class TestOutages:
-    def test_a_restart_of_the_broker_costs_time_and_no_record(self, mortal: KafkaServer) -> None:
+    def test_a_restart_of_the_broker_costs_time_and_no_record(
+        self, mortal: KafkaServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Leader and coordinator are away while epochs are written and read: each committed comes once, in order."""
+        monkeypatch.setattr(limits, "RETRY_TOTAL_S", 60.0)  # the start of a broker on a busy machine
 
         async def scenario() -> None:
             async with connected(mortal) as transport:

@@ -72,9 +72,9 @@ def by_topic(tps: Iterable[tuple[TopicPartition, Any]]) -> list[tuple[str, list[
 class Retry:
     """Back-off within one named limit: ``await again(why)`` pauses, or raises `BrokerUnavailable` when time is over."""
 
-    def __init__(self, clock: Clock, what: str, total_s: float = limits.RETRY_TOTAL_S) -> None:
-        self._clock, self._what, self._total_s = clock, what, total_s
-        self._until = clock.monotonic_s() + total_s
+    def __init__(self, clock: Clock, what: str, total_s: float | None = None) -> None:
+        self._clock, self._what, self._total_s = clock, what, limits.RETRY_TOTAL_S if total_s is None else total_s
+        self._until = clock.monotonic_s() + self._total_s
         self._pause, self._soon = limits.RETRY_BACKOFF_S, limits.MARKER_WAIT_S
 
     async def again(self, why: str, *, soon: bool = False) -> None:
