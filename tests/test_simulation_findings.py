@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from streamproc.core import limits
-from streamproc.core.errors import LogLost
-from streamproc.core.types import TopicPartition
+from streamproc.core.errors import LogLost, ProducerFenced
+from streamproc.core.types import Offset, TopicPartition
+from streamproc.runtime.task import Phase
 from streamproc.transport.contract import OutRecord, TopicSpec
 from tests.apps import log, new_app, running, until
 from tests.test_attack_runtime import FaultyTransport
@@ -83,6 +84,56 @@ def test_a_lost_log_stops_a_worker_only_if_the_log_is_still_its_own(tmp_path: Pa
             until_then.callback(setattr, limits, "RETRY_BACKOFF_S_MAX", limits.RETRY_BACKOFF_S_MAX)
             limits.RETRY_BACKOFF_S_MAX = 0.05  # type: ignore[misc]
         asyncio.run(scenario())
+
+
+def test_a_start_that_was_overtaken_does_not_take_the_next_owner_s_commits_for_a_mistake(tmp_path: Path) -> None:
+    """It had read the commit record, stood still, and found the group's offsets further on: "somebody has set the group's
+    offsets", and the worker stopped (seed 185 of its time: a pause in the middle of a start)."""
+    app = new_app(tmp_path)
+    words = app.topic("words", partitions=1)
+    counts = app.Table("counts", default=int)
+
+    @app.agent(words)
+    async def count(stream: Any) -> None:
+        async for word in stream:
+            counts[word] += 1
+
+    async def set_offset(transport: Any, at: int) -> None:
+        producer = transport.producer("the next owner")
+        await producer.fence()
+        await producer.send_offsets({TopicPartition("words", 0): Offset(at)}, "test")
+        await producer.end(commit=True)
+
+    async def scenario() -> None:
+        asked: list[int] = []
+        async with running(app):
+            await words.send(value="a")
+            await until(lambda: counts.committed("a") == 1, "the record")
+            membership, (task,) = app.runtime._member(), app.runtime.tasks.values()
+            real = membership.confirm
+
+            async def confirm() -> bool:
+                asked.append(len(asked))
+                if len(asked) != 2:
+                    return await real()
+                await set_offset(app.runtime.transport, 1)  # and there it is: nobody's mistake
+                return False
+
+            membership.confirm = confirm  # type: ignore[method-assign]
+            await set_offset(app.runtime.transport, 7)
+            restarts = task.view.restarts
+            assert task.work is not None
+            task.work.failure = ProducerFenced("the test wants a start")
+            task._wake.set()
+            await until(lambda: task.view.restarts > restarts + 1 and task.phase is Phase.RUNNING, "two more starts")
+            assert not app.crashed
+
+    limits_before = limits.GROUP_OFFSETS_WAIT_S
+    limits.GROUP_OFFSETS_WAIT_S = 0.1  # type: ignore[misc]
+    try:
+        asyncio.run(scenario())
+    finally:
+        limits.GROUP_OFFSETS_WAIT_S = limits_before  # type: ignore[misc]
 
 
 COMPACTED = {

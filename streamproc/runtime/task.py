@@ -25,6 +25,7 @@ from streamproc.core.batch import RawBatch
 from streamproc.core.clock import Clock
 from streamproc.core.errors import (
     BarrierTimeout,
+    LogLost,
     ProduceRefused,
     Retryable,
     RowRefused,
@@ -206,10 +207,17 @@ class Task:
         self._set(Phase.STARTING)
         env = self.env
         producer = env.transport.producer(f"{env.group.app_id}:{env.group.name}:{self.id.partition}")
-        opened = await open_task(
-            StartParts(self.id, env.group, env.consumer_group, env.transport, env.membership(), producer, env.clock,
-                       env.open_store, task_folder(env.folder, self.id), self._restoring)
+        parts = StartParts(
+            self.id, env.group, env.consumer_group, env.transport, env.membership(), producer, env.clock, env.open_store,
+            task_folder(env.folder, self.id), self._restoring,
         )  # fmt: skip
+        try:
+            opened = await open_task(parts)
+        except (UserError, LogLost) as failure:
+            # Who stood still in mid-start may take what the next owner has committed meanwhile for somebody's mistake.
+            if await env.membership().confirm():
+                raise
+            raise TaskFailure(f"Task {self.id} was moved while it started: {failure}") from failure
         self.store, self.record = opened.store, opened.record
         overlays = {table.name: table.overlay(opened.store) for table in env.group.tables}
         self.work = env.make_work(self.id.partition)
