@@ -40,7 +40,7 @@ def hunt(mutant: Mutant, seeds: int) -> tuple[bool, str]:
     command = [sys.executable, "-m", "simulation", "--seeds", str(seeds), "--jobs", "1", "--stop-at-first",
                "--mutant", mutant.name]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if not done.stdout.rsplit("\n", 2)[-2].startswith("seeds="):
+    if "\nseeds=" not in done.stdout:
         raise RuntimeError(f"{mutant.name} did not run: {done.stderr[-2000:]}")
     failures = [line for line in done.stderr.splitlines() if line.startswith("seed ")]
     said = failures[0][:300] if failures else f"{seeds} seeds saw nothing"

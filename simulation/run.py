@@ -57,6 +57,10 @@ def run_seed(seed: int, targets: tuple[str, ...] = (), *, calm: bool = False) ->
             loop.run(_scenario(cluster, input, None if calm else Nemesis(cluster, targets, meddled="events"), idle))
         except AssertionError as failure:
             result.failure = str(failure) or repr(failure)
+        except (
+            Exception
+        ) as failure:  # of the harness's own calls, into a log that a fault has left in a state of its own
+            result.failure = repr(failure)
         if cluster.watch.broken:
             result.failure = "; ".join(cluster.watch.broken[:3]) + (f"; {result.failure}" if result.failure else "")
         result.told, result.reached, result.died = cluster.told, cluster.reached, cluster.died

@@ -7,6 +7,7 @@ outside of a worker is simulated: the network, the coordinator, the disk's failu
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import random
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from streamproc.state.overlay import table_prefix, table_stop
 from streamproc.testing.simulation.broker import Line, SimulatedBroker, Weather
 from streamproc.testing.simulation.coordinator import SimulatedCoordinator
 from streamproc.testing.simulation.disk import Disk
-from streamproc.testing.simulation.loop import Process, VirtualClock, VirtualLoop, current_process
+from streamproc.testing.simulation.loop import Life, Process, VirtualClock, VirtualLoop, current_process
 from streamproc.testing.simulation.sink import SimulatedSink
 from streamproc.testing.simulation.watch import Watch
 from streamproc.transport.contract import OutRecord, PartitionOffsets, TopicSpec
@@ -82,6 +83,8 @@ class Cluster:
         """What happened, for a person who looks at a failing run."""
         self.paused: list[Worker] = []
         self._spawned: list[asyncio.Task[None]] = []
+        self._context = contextvars.copy_context()
+        self._stalls: dict[Process, tuple[str, float]] = {}
         self._armed: dict[Process, tuple[str | None, int]] = {}
         self._lives = 0
         self._serving: asyncio.Task[None] | None = None
@@ -152,6 +155,7 @@ class Cluster:
 
     def disarm(self) -> None:
         self._armed.clear()
+        self._stalls.clear()
 
     def copy_disk(self, disk: Disk) -> Disk:
         """As it is now."""
@@ -168,6 +172,8 @@ class Cluster:
         if process is None or process.dead:
             return None
         self.reached.add(step)
+        if self._stalls and step.startswith(self._stalls.get(process, ("never", 0))[0]):
+            self._stall(process)
         armed = self._armed.get(process)
         if armed is None or armed[0] not in (None, step):
             return None
@@ -175,10 +181,27 @@ class Cluster:
             self._armed[process] = (armed[0], armed[1] - 1)
             return None
         del self._armed[process]
-        self.died.add(step)
         worker = next(worker for worker in self.workers if worker.process is process)
+        self.died.add(step)
         self.kill(worker, f"at {step}")
         return self.loop.create_future()  # for ever
+
+    def stall(self, worker: Worker, where: str, seconds: float) -> None:
+        """It stands still for ``seconds`` when it comes by a step that begins with ``where``."""
+        self._stalls[worker.process] = (where, seconds)
+
+    def _stall(self, process: Process) -> None:
+        where, seconds = self._stalls.pop(process)
+        if process.life is not Life.ALIVE:
+            return
+        self.say(f"{process.name} stands still for {seconds:.1f} s at {where}")
+        self.weather.note("stood still at a step")
+        self.loop.pause(process)
+        self.loop.call_later(seconds, self._stalled, process, context=self._context)
+
+    def _stalled(self, process: Process) -> None:
+        self.say(f"{process.name} goes on")
+        self.loop.go_on(process)
 
     async def _live(self, worker: Worker) -> None:
         app = worker.app = self._build()
@@ -326,23 +349,31 @@ class Cluster:
 
     async def check_changelogs(self) -> None:
         """Each store holds what its changelogs say, no more and no less: what a start from nothing would restore."""
-        for task in self.tasks():
+        logged: dict[TopicPartition, dict[bytes, bytes]] = {}
+        for task in list(self.tasks()):
             for table in task.env.group.tables:
                 tp = TopicPartition(table.changelog, task.id.partition)
-                ends = await self._ended(tp)
-                logged: dict[bytes, bytes] = {}
-                async for batch in self.broker.read(tp, Offset(ends.begin), ends.stable):
-                    for row in changelog.read(batch):
-                        if row.value is None:
-                            logged.pop(row.key, None)
-                        else:
-                            logged[row.key] = row.value
+                logged[tp] = await self._logged(tp)
+        await self.settle()  # to read may have taken a while, in which a task may have moved
+        for task in self.tasks():
+            for table in task.env.group.tables:
                 assert task.store is not None
                 prefix = table_prefix(table.name)
                 stored = {key[len(prefix) :]: value for key, value in task.store.scan(prefix, table_stop(prefix))}
-                self.watch.require(
-                    stored == logged, f"{task.id}: the store of {table.name} is not what its changelog says"
-                )
+                fits = stored == logged[TopicPartition(table.changelog, task.id.partition)]
+                self.watch.require(fits, f"{task.id}: the store of {table.name} is not what its changelog says")
+
+    async def _logged(self, tp: TopicPartition) -> dict[bytes, bytes]:
+        """The last value of each key of a changelog."""
+        rows: dict[bytes, bytes] = {}
+        ends = await self._ended(tp)
+        async for batch in self.broker.read(tp, Offset(ends.begin), ends.stable):
+            for row in changelog.read(batch):
+                if row.value is None:
+                    rows.pop(row.key, None)
+                else:
+                    rows[row.key] = row.value
+        return rows
 
 
 def _busy(task: Task) -> str | None:

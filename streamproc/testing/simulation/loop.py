@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from streamproc.core.errors import invariant
 
-__all__ = ["Process", "Stuck", "VirtualClock", "VirtualLoop", "current_process", "virtual_loop"]
+__all__ = ["Life", "Process", "Stuck", "VirtualClock", "VirtualLoop", "current_process", "virtual_loop"]
 
 T = TypeVar("T")
 _CURRENT: contextvars.ContextVar[Process | None] = contextvars.ContextVar("simulated_process", default=None)

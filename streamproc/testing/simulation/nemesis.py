@@ -16,11 +16,24 @@ from streamproc.core.errors import LogLost, UserError, WorkerFailure
 from streamproc.core.types import Offset, TopicPartition
 from streamproc.testing.simulation.cluster import Cluster, Worker
 from streamproc.testing.simulation.disk import Disk
+from streamproc.testing.simulation.loop import Life
 from streamproc.transport.contract import OutRecord
 
 __all__ = ["Nemesis"]
 
 WORKERS_MAX = 3
+STALLS = (
+    "runtime/sinkfeed.py SinkFeed._claim: await self.writer.read()",
+    "runtime/sinkfeed.py SinkFeed.claim: await self.writer.open()",
+    "runtime/sinkfeed.py SinkFeed._claim: await self.writer.read(), after",
+    "runtime/sinkfeed.py SinkFeed._move",
+    "runtime/start.py open_task",
+    "runtime/start.py open_task: await parts.producer.fence()",
+    "runtime/epoch.py commit",
+    "runtime/epoch.py commit: await parts.producer.end",
+    "state/restore.py",
+)
+"""Where a worker may stand still: steps that begin so."""
 DAY_MS = 24 * 3_600_000
 Act = Callable[[], Awaitable[None]]
 
@@ -51,7 +64,7 @@ class Nemesis:
         self._keeper = asyncio.create_task(self._keep(), name="keeper")
         acts: list[tuple[Act, float]] = [
             (self._storm, 8), (self._kill, 3), (self._kill_soon, 5), (self._restart, 5), (self._join, 2),
-            (self._rebalance, 3), (self._pause, 5), (self._sinks_fall, 4), (self._back_up_sinks, 2),
+            (self._rebalance, 3), (self._pause, 4), (self._stall, 6), (self._sinks_fall, 4), (self._back_up_sinks, 2),
             (self._roll_back_sinks, 2), (self._compact, 3), (self._lose_disk, 2), (self._keep_disk, 2),
             (self._old_disk, 2), (self._disk_full, 2), (self._refuse, 2), (self._clock_back, 1),
             (self._days_pass, 0.5), (self._hang_transaction, 1), (self._lose_ledgers, 1),
@@ -165,7 +178,7 @@ class Nemesis:
     async def _pause(self) -> None:
         """A zombie, if its session ends meanwhile."""
         worker = self._one()
-        if worker is None or len(self.cluster.alive) < 2 or worker in self.cluster.paused:
+        if worker is None or len(self.cluster.alive) < 2 or worker.process.life is not Life.ALIVE:
             return
         self.cluster.loop.pause(worker.process)
         self.cluster.paused.append(worker)
@@ -177,6 +190,15 @@ class Nemesis:
             self.cluster.loop.go_on(worker.process)
 
         self.cluster.spawn(wake())
+
+    async def _stall(self) -> None:
+        """A worker stands still in the middle of a start, a claim or a commit, mostly one that has just been given tasks."""
+        worker = self._one()
+        if worker is None or len(self.cluster.alive) < 2:
+            return
+        self.cluster.stall(worker, self.dice.choice(STALLS), self.dice.uniform(4, 15))
+        if self.dice.random() < 0.7:
+            self.cluster.coordinator.rebalance()
 
     # ---- the outside
 

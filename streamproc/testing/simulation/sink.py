@@ -83,7 +83,7 @@ class SimulatedWriter(FakeWriter):
     async def apply(self, rows: SinkRows | None, *, held: Ledger | None, moved: Ledger) -> None:
         await self._arrives("apply")
         found = self._world.ledgers.get(self._owner)
-        self._world.watch.sunk(self._process, self._world.name, self._task, found, moved)
+        self._world.watch.sunk(self._process, self._world.name, self._task, found, held, moved)
         weather = self._world.weather
         if rows is not None and weather.strikes(weather.sink, "sink half-way"):
             self._world.fail_after(weather.dice.randrange(3))

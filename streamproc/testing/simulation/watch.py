@@ -130,12 +130,14 @@ class Watch:
         """A store is about to take a batch of writes."""
         self.require_alive(process, "a store's write")
         record = self.records.get(task)
-        fits = record.log_id == meta.log_id and meta.epoch <= record.epoch if record else meta.epoch == 0
+        # Epoch 0 is a start that has not committed: one that stood still is of a history that never began.
+        fits = meta.epoch == 0 or (record is not None and record.log_id == meta.log_id and meta.epoch <= record.epoch)
         self.require(fits,
                      f"the store of {task} took epoch {meta.epoch}, which the log has not committed")  # fmt: skip
 
-    def sunk(self, process: Process, sink: str, task: tuple[str, int], found: Ledger | None, moved: Ledger) -> None:
-        """A sink is about to be moved from the ledger ``found`` in it, if its writer's compare-and-set allows it."""
+    def sunk(self, process: Process, sink: str, task: tuple[str, int], found: Ledger | None, held: Ledger | None,
+             moved: Ledger) -> None:  # fmt: skip
+        """A sink is about to be moved from the ledger ``found`` in it, if that is the one its writer holds."""
         self.require_alive(process, "a sink")
         record = self.records.get(task)
         where = f"the sink {sink} of {task[0]}:{task[1]}"
@@ -143,6 +145,8 @@ class Watch:
                      f"{where} took epoch {moved.epoch}, which the log has not committed")  # fmt: skip
         own = self._incarnations.get((process.name, *task))
         self.require(moved.incarnation == own, f"{where} was written under incarnation {moved.incarnation}, not {own}")
+        if found is not None and found.same(held):
+            self.require(moved.incarnation >= found.incarnation, f"{where} was taken back by an older incarnation")
         if found is not None and moved.incarnation >= found.incarnation:
             self._sunk[task][sink] = max(moved.epoch, self._sunk[task].get(sink, 0))
 
