@@ -350,11 +350,14 @@ class Cluster:
     async def check_changelogs(self) -> None:
         """Each store holds what its changelogs say, no more and no less: what a start from nothing would restore."""
         logged: dict[TopicPartition, dict[bytes, bytes]] = {}
-        for task in list(self.tasks()):
-            for table in task.env.group.tables:
-                tp = TopicPartition(table.changelog, task.id.partition)
-                logged[tp] = await self._logged(tp)
-        await self.settle()  # to read may have taken a while, in which a task may have moved
+        epochs = -1
+        while epochs != self.watch.epochs:  # reading may take a while, in which a task may move and let go of rows
+            epochs = self.watch.epochs
+            for task in list(self.tasks()):
+                for table in task.env.group.tables:
+                    tp = TopicPartition(table.changelog, task.id.partition)
+                    logged[tp] = await self._logged(tp)
+            await self.settle()
         for task in self.tasks():
             for table in task.env.group.tables:
                 assert task.store is not None
