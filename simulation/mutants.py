@@ -115,8 +115,9 @@ _ALL = (
     )),
     Mutant("take-past-the-barrier", "what `take` buffers is not handed out until yielded", (
         (AGENTS, "            while values := list(islice(instance.it, max_)):\n                yield values\n",
-                 "            every = list(instance.it)\n            for at in range(0, len(every), max_):\n"
-                 "                yield every[at : at + max_]\n"),
+                 "            held = getattr(self, '_held', []) + list(instance.it)\n"
+                 "            while len(held) >= max_:\n                yield held[:max_]\n                del held[:max_]\n"
+                 "            self._held = held\n"),
     )),
     Mutant("agents-go-on-too-early", "agents go on when the overlay is dropped, not before", (
         (EPOCH, END, "    work.release()\n" + END),
