@@ -115,7 +115,7 @@ _ALL = (
     )),
     Mutant("take-past-the-barrier", "what `take` buffers is not handed out until yielded", (
         (AGENTS, "            while values := list(islice(instance.it, max_)):\n                yield values\n",
-                 "            held = getattr(self, '_held', []) + list(instance.it)\n"
+                 "            held = vars(self).get('_held', []) + list(instance.it)\n"
                  "            while len(held) >= max_:\n                yield held[:max_]\n                del held[:max_]\n"
                  "            self._held = held\n"),
     )),
