@@ -101,6 +101,7 @@ def test_the_kit_sees_a_break_of_the_protocol() -> None:
     assert all("which the log has not committed" in str(failure) for _, failure, *_ in found)
 
 
+@pytest.mark.timeout(420)
 def test_two_hundred_seeds_equal_the_oracle() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "simulation", "--seeds", "200", "--from", "100000"], cwd=ROOT, text=True,

@@ -26,7 +26,7 @@ import click
 from streamproc.app import App
 from streamproc.cli.apps import APP, declared_groups, load_app, opened
 from streamproc.commit.record import encode, tp_name
-from streamproc.commit.start import next_record
+from streamproc.commit.start import least_positions, next_record
 from streamproc.core.errors import UserError
 from streamproc.core.partitioner import partition_of
 from streamproc.core.types import TopicPartition
@@ -168,7 +168,12 @@ async def _rewrite(transport: Transport, group: Group, table: StateTable) -> Non
             changelogs={**record.changelogs, table.changelog: 0},
             fingerprints={**record.fingerprints, table.name: dict(table.fingerprint)},
         )
-        await transport.send({commits: [OutRecord(plan.name.encode(), encode(renewed))]})
+        # In the task's own transaction, and with the group's offsets: a start compares them with the record.
+        producer = transport.producer(f"{plan.app_id}:{plan.name}:{number}")
+        await producer.fence()
+        await producer.produce({commits: [OutRecord(plan.name.encode(), encode(renewed))]})
+        await producer.send_offsets(least_positions(positions), plan.app_id)
+        await producer.end(commit=True)
 
 
 async def _forget(app: App, table: StateTable, use: SinkUse, rows: bool) -> None:
