@@ -19,8 +19,6 @@ __all__ = ["points", "prepare", "run_one", "run_seeds"]
 TARGETS = 6
 """Steps that a seed's workers are to die at."""
 CHUNK = 5
-CHUNKS_EACH = 30
-"""After so many a process makes room for a new one: what Faust keeps of every app it ever made would fill the memory."""
 COLLECT_EVERY = 5
 """Seeds between two collections of what dead workers left."""
 SMALL = {
@@ -73,7 +71,7 @@ def run_seeds(seeds: range, jobs: int, mutant: str | None) -> Iterator[Result]:
         return
     context = multiprocessing.get_context("spawn")  # a forked child would inherit threads that do not run in it
     chunks = [seeds[at : at + CHUNK] for at in range(0, len(seeds), CHUNK)]
-    with ProcessPoolExecutor(jobs, context, prepare, (mutant,), max_tasks_per_child=CHUNKS_EACH) as pool:
+    with ProcessPoolExecutor(jobs, context, prepare, (mutant,)) as pool:
         running = [pool.submit(_run_some, chunk) for chunk in chunks]
         try:
             for done in as_completed(running):
