@@ -9,22 +9,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from chaos import MOMENTS
 from chaos.machine import Machine, Worker
 from streamproc.core.clock import Clock
 
 __all__ = ["Faults"]
 
-MOMENTS: Final = (
-    "within an epoch",
-    "within an epoch",
-    "before produce",
-    "after produce",
-    "before EndTxn",
-    "after EndTxn",
-    "before a sink",
-    "after a sink",
-)
-"""When a worker is killed (see `chaos.worker`); most of an epoch's time is spent in the first."""
 BETWEEN_S: Final = (2.0, 5.0)
 DOWN_S: Final = (0.0, 3.0)
 """From an end to the next start."""
@@ -112,7 +102,8 @@ class Faults:
 
     def _moment(self) -> str:
         if not self._moments:
-            self._moments = self._rng.sample(MOMENTS, len(MOMENTS))
+            deck = (*MOMENTS, MOMENTS[0])  # most of an epoch's time is spent within it
+            self._moments = self._rng.sample(deck, len(deck))
         return self._moments.pop()
 
     async def _kill_one(self, worker: Worker, then: Callable[[], None] = lambda: None) -> None:

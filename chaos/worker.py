@@ -3,7 +3,7 @@ work that is not committed.
 
     CHAOS_FOLDER=… CHAOS_NAME=a faust -A chaos.worker worker
 
-A line on its standard input says what and when: ``kill after EndTxn``, ``stop within an epoch`` (see `MOMENTS`).
+A line on its standard input says what and when: ``kill after EndTxn``, ``stop within an epoch`` (see `chaos.MOMENTS`).
 ``NAME.json`` says what it holds; ``NAME.ends`` gets a line each time: the moment, and for each source partition what was
 committed and what had been read.
 """
@@ -21,6 +21,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Final
 
+from chaos import MOMENTS
 from chaos.job import app
 from streamproc.commit.record import tp_name
 from streamproc.core.types import Offset, TopicPartition
@@ -29,17 +30,8 @@ from streamproc.sinks.postgres_writer import PostgresWriter
 from streamproc.sinks.redis_writer import RedisWriter
 from streamproc.transport.contract import OutRecord, TaskProducer
 
-__all__ = ["MOMENTS", "app"]
+__all__ = ["app"]
 
-MOMENTS: Final = (
-    "within an epoch",
-    "before produce",
-    "after produce",
-    "before EndTxn",
-    "after EndTxn",
-    "before a sink",
-    "after a sink",
-)
 TELL_S: Final = 0.2
 LOOK_S: Final = 0.002
 """How often a worker that is to end within an epoch looks whether it holds one."""

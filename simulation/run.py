@@ -15,6 +15,7 @@ from simulation.oracle import Input
 from streamproc.avro.encode import Encoder
 from streamproc.avro.schema import load_schema
 from streamproc.operators.partials import decode_partial
+from streamproc.testing.simulation import steps
 from streamproc.testing.simulation.cluster import Cluster, scratch
 from streamproc.testing.simulation.loop import virtual_loop
 from streamproc.testing.simulation.nemesis import Nemesis
@@ -52,9 +53,10 @@ def run_seed(seed: int, targets: tuple[str, ...] = (), *, calm: bool = False) ->
         cluster = Cluster(
             lambda: build(failed, idle=idle, standbys=seed % 2), loop, dice, Path(folder), rocksdb=seed % 8 == 0
         )
-        LISTENER.cluster = cluster
+        nemesis = None if calm else Nemesis(cluster, targets, meddled="events")
         try:
-            loop.run(_scenario(cluster, input, None if calm else Nemesis(cluster, targets, meddled="events"), idle))
+            with steps.listening(cluster.at_step):
+                loop.run(_scenario(cluster, input, nemesis, idle))
         except AssertionError as failure:
             result.failure = str(failure) or repr(failure)
         except (
@@ -69,20 +71,7 @@ def run_seed(seed: int, targets: tuple[str, ...] = (), *, calm: bool = False) ->
             cluster.watch.epochs,
             loop.time() - 1_000,
         )
-        LISTENER.cluster = None
     return result
-
-
-class _Listener:
-    """`steps.install` is told once; runs come and go."""
-
-    cluster: Cluster | None = None
-
-    def __call__(self, step: str) -> Any:
-        return self.cluster.at_step(step) if self.cluster is not None else None
-
-
-LISTENER = _Listener()
 
 
 async def _scenario(cluster: Cluster, input: Input, nemesis: Nemesis | None, idle: bool) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import logging
 import multiprocessing
+import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from simulation.mutants import MUTANTS
-from simulation.run import LISTENER, Result, run_seed
+from simulation.run import Result, run_seed
 from streamproc.core import limits
+from streamproc.testing.simulation.loop import bury, unless_abandoned
 from streamproc.testing.simulation.steps import install
 
 __all__ = ["points", "prepare", "run_one", "run_seeds"]
@@ -40,9 +42,10 @@ def prepare(mutant: str | None = None) -> None:
     global _points
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore", RuntimeWarning)  # what a dead worker never awaited
+    sys.unraisablehook = unless_abandoned
     for name, value in SMALL.items():
         setattr(limits, name, value)
-    _points = install(LISTENER, MUTANTS[mutant].changes() if mutant else None).points
+    _points = install(MUTANTS[mutant].changes() if mutant else None).points
     gc.collect()
     gc.freeze()
 
@@ -61,7 +64,7 @@ def run_one(seed: int) -> Result:
         return run_seed(seed, targets)
     finally:
         if seed % COLLECT_EVERY == 0:
-            gc.collect()
+            bury()
 
 
 def run_seeds(seeds: range, jobs: int, mutant: str | None) -> Iterator[Result]:

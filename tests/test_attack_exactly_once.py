@@ -24,8 +24,8 @@ from streamproc.transport.contract import TopicSpec
 from streamproc.transport.kafka import KafkaTransport
 from tests.apps import new_app, rows_of, running, until
 from tests.contract.transport_kit import Member
-from tests.test_bad_input import T0, event, record
 from tests.test_overload import owner, summing
+from tests.workers import T0, event, record
 
 PARTITIONS = 4
 SESSION_S = 30.0

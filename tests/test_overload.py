@@ -31,7 +31,7 @@ from streamproc.sinks.contract import SinkRows
 from streamproc.testing.fake_sink import FakeSink, FakeWriter
 from streamproc.transport.contract import OutRecord, TopicSpec
 from tests.apps import events_avsc, log, new_app, read_all, rows_of, running, until, write
-from tests.test_bad_input import T0, event, last_words, record, start_worker, stop_worker, wait_for
+from tests.workers import T0, event, last_words, record, start_worker, stop_worker, wait_for
 
 pytestmark = pytest.mark.slow
 

@@ -24,9 +24,9 @@ from streamproc.runtime.inspect import Inspector
 from streamproc.testing.kafka_server import KafkaServer
 from streamproc.transport.contract import OutRecord
 from tests.apps import read_all, running, until
-from tests.test_bad_input import HOUR, T0, event, record, refusal
 from tests.test_bad_input_kafka import kafka_app, put, wire
 from tests.test_overload import CPU_SHARE_MAX, number
+from tests.workers import HOUR, T0, event, record, refusal
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
 

@@ -48,7 +48,7 @@ def test_a_seed_does_not_depend_on_what_ran_before() -> None:
 
 
 def test_every_await_of_the_code_under_test_is_a_step_or_left_out_with_a_reason() -> None:
-    installed = steps.install(lambda step: None)
+    installed = steps.install()
     try:
         found = 0
         for part in steps.SCOPE:
@@ -77,7 +77,7 @@ def test_what_was_installed_is_taken_out_again() -> None:
     from streamproc.runtime.epoch import commit
 
     before = commit.__code__
-    installed = steps.install(lambda step: None)
+    installed = steps.install()
     assert commit.__code__ is not before
     installed.uninstall()
     assert commit.__code__ is before

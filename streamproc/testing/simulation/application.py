@@ -24,6 +24,7 @@ from streamproc.cli.apps import load_app
 from streamproc.core.errors import UserError
 from streamproc.core.partitioner import partition_of
 from streamproc.runtime.surface import Topic, header_pairs
+from streamproc.testing.simulation.loop import bury, unless_abandoned
 from streamproc.transport.contract import OutRecord, TopicSpec
 
 __all__ = ["Build", "Record", "Writer", "apart", "declared_topics", "makers_of", "read_bounded"]
@@ -206,20 +207,17 @@ def apart(what: str) -> Iterator[None]:
             f"{what} was called inside a running event loop, and it runs one of its own.",
             remedy="Call it from a plain function: `def test_…()`, not `async def`.",
         )
-    disabled, hook = logging.root.manager.disable, sys.unraisablehook
+    disabled, hook, collecting = logging.root.manager.disable, sys.unraisablehook, gc.isenabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what a dead worker never awaited
         logging.disable(logging.CRITICAL)
-        sys.unraisablehook = _unless_abandoned
+        sys.unraisablehook = unless_abandoned
+        gc.disable()  # a collection in mid-run would depend on what ran before
         try:
             yield
         finally:
-            gc.collect()
+            bury()
+            if collecting:
+                gc.enable()
             sys.unraisablehook = hook
             logging.disable(disabled)
-
-
-def _unless_abandoned(what: sys.UnraisableHookArgs) -> None:
-    """A dead worker's coroutine that is collected runs its `finally`, which reaches nothing any more."""
-    if not isinstance(what.object, types.CoroutineType | types.AsyncGeneratorType):
-        sys.__unraisablehook__(what)

@@ -135,6 +135,9 @@ class SimulatedBroker(EmbeddedTransport):
 class Line:
     """`transport.contract.Transport` of one process. It does not survive its process."""
 
+    pause_s: Callable[[Collection[str]], float] = staticmethod(lambda topics: 0.0)
+    """How long to wait before each batch of ``topics``."""
+
     def __init__(self, broker: SimulatedBroker, coordinator: SimulatedCoordinator, process: Process, weather: Weather,
                  watch: Watch) -> None:  # fmt: skip
         self.broker, self.coordinator, self.process, self.weather, self.watch = (
@@ -215,6 +218,7 @@ class LineFetcher:
     def __init__(self, line: Line, inner: EmbeddedFetcher) -> None:
         self._line, self._inner = line, inner
         self._pieces: deque[RawBatch] = deque()
+        self._topics: set[str] = set()
 
     def at_end(self, tp: TopicPartition) -> bool:
         return self.lag(tp) == 0
@@ -225,6 +229,7 @@ class LineFetcher:
 
     def resume(self, tp: TopicPartition, position: Offset) -> None:
         self._forget(tp)
+        self._topics.add(tp.topic)
         self._inner.resume(tp, position)
 
     def pause(self, tp: TopicPartition) -> None:
@@ -232,6 +237,8 @@ class LineFetcher:
         self._inner.pause(tp)
 
     async def get(self) -> RawBatch:
+        if (pause_s := self._line.pause_s(self._topics)) > 0:
+            await asyncio.sleep(pause_s)
         await self._line.arrives("fetch")
         while not self._pieces:
             batch = await self._inner.get()

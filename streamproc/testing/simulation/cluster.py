@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 import random
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,8 @@ class Cluster:
         """The consumer group: the application's id."""
         self.on_start: Callable[[Worker], None] = lambda worker: None
         """Told of each worker before anything of it runs."""
+        self.pause_s: Callable[[Collection[str]], float] = lambda topics: 0.0
+        """How long a worker waits before each batch of these topics, for an input that is there as a whole."""
         self.workers: list[Worker] = []
         """All there ever were."""
         self.reached: set[str] = set()
@@ -225,6 +227,7 @@ class Cluster:
                 worker.stopping.set()
 
         line = Line(self.broker, self.coordinator, worker.process, self.weather, self.watch)
+        line.pause_s = self.pause_s
         app.clock = worker.clock
         app.conf.web_enabled = False
         app.conf.topic_disable_leader = True

@@ -22,7 +22,7 @@ from streamproc.sinks.contract import Emit
 from streamproc.testing.simulation.application import Build, Record, Writer, apart, declared_topics, makers_of
 from streamproc.testing.simulation.cluster import Cluster, Worker, scratch
 from streamproc.testing.simulation.kit import raise_what_ended
-from streamproc.testing.simulation.loop import VirtualLoop
+from streamproc.testing.simulation.loop import virtual_loop
 from streamproc.testing.simulation.outcome import Row, read_rows, read_sink, read_table, read_topic
 from streamproc.testing.simulation.watch import Broken
 
@@ -61,7 +61,7 @@ class Driver:
             self._writer = Writer(app)
             # All is read: a commit of the owners, and time for what is on its way.
             self._read_s = 2 * app.commit_interval_s + 1.0 if _never_rests(app) else math.inf
-            self._loop = VirtualLoop(random.Random(0))  # type: ignore[abstract]  # nobody calls the rest
+            self._loop = virtual_loop(0)
             self._cluster = Cluster(lambda: _going_on(make()), self._loop, random.Random(0), folder)
             opening.callback(self._close)
             self._loop.run(self._begin(app))
@@ -79,6 +79,7 @@ class Driver:
     def _close(self) -> None:
         """Leave nothing that would be collected after `apart` has ended."""
         self._loop.run(self._cluster.close())
+        self._cluster.workers.clear()
         del self._cluster, self._loop, self._writer
 
     # ---- what happens

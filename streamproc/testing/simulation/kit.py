@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from streamproc.app import App
-from streamproc.core.batch import RawBatch
 from streamproc.core.errors import StreamprocError, UserError
 from streamproc.core.limits import SESSION_TIMEOUT_S
-from streamproc.core.types import Offset, TopicPartition
+from streamproc.core.types import TopicPartition
 from streamproc.testing.simulation import steps
 from streamproc.testing.simulation.application import (
     Build,
@@ -28,9 +26,8 @@ from streamproc.testing.simulation.application import (
     makers_of,
     read_bounded,
 )
-from streamproc.testing.simulation.broker import Line, LineFetcher
 from streamproc.testing.simulation.cluster import Cluster, Worker, scratch
-from streamproc.testing.simulation.loop import VirtualLoop
+from streamproc.testing.simulation.loop import bury, virtual_loop
 from streamproc.testing.simulation.nemesis import Nemesis
 from streamproc.testing.simulation.outcome import Outcome, differences, read_outcome
 from streamproc.transport.contract import OutRecord
@@ -144,23 +141,11 @@ def _told(name: str, seed: int, wrong: BaseException, told: Sequence[str]) -> st
 @contextmanager
 def _instrumented() -> Iterator[list[str]]:
     """Places to die at, before and after each await, while this is open."""
-    installed = steps.install(_LISTENER)
+    installed = steps.install()
     try:
         yield [point for step in installed.steps for point in (step, f"{step}, after")]
     finally:
         installed.uninstall()
-
-
-class _Listener:
-    """`steps.install` is told once; runs come and go."""
-
-    cluster: Cluster | None = None
-
-    def __call__(self, step: str) -> Awaitable[None] | None:
-        return self.cluster.at_step(step) if self.cluster is not None else None
-
-
-_LISTENER = _Listener()
 
 
 # ---- one run
@@ -197,9 +182,6 @@ class _Trial:
 
     def run(self, seed: int | None, places: Sequence[str] = ()) -> _Run:
         """Under the faults that ``seed`` draws; None: without any. ``places``: where workers can die."""
-        collecting = gc.isenabled()
-        gc.collect()
-        gc.disable()  # a collection in mid-run would depend on what ran before
         try:
             with scratch() as folder:
                 return self._run(seed, places, Path(folder))
@@ -207,21 +189,19 @@ class _Trial:
             failure.add_note(f"While simulating {'no faults' if seed is None else f'seed {seed}'}.")
             raise
         finally:
-            _LISTENER.cluster = None
-            if collecting:
-                gc.enable()
+            bury()
 
     def _run(self, seed: int | None, places: Sequence[str], folder: Path) -> _Run:
         run = _Run()
-        loop = VirtualLoop(random.Random(f"order {seed}"))  # type: ignore[abstract]  # nobody calls the rest
+        loop = virtual_loop(seed)
         rocksdb = seed is not None and seed % ROCKSDB_EVERY == 0
-        cluster = _SlowlyRead(self._build, loop, random.Random(f"dice {seed}"), folder, rocksdb=rocksdb)
-        _LISTENER.cluster = cluster
+        cluster = Cluster(self._build, loop, random.Random(f"dice {seed}"), folder, rocksdb=rocksdb)
+        nemesis = None if seed is None else Nemesis(cluster, _targets(seed, places))
         try:
-            nemesis = None if seed is None else Nemesis(cluster, _targets(seed, places))
-            run.outcome = loop.run(self._scenario(cluster, nemesis))
+            with steps.listening(cluster.at_step):
+                run.outcome = loop.run(self._scenario(cluster, nemesis))
         except (AssertionError, UserError) as failure:
-            run.failure = failure.with_traceback(None)  # its frames would keep what a dead worker abandoned
+            run.failure = _without_frames(failure)
         if (broken := cluster.watch.broken) and not isinstance(run.failure, UserError):
             run.failure = AssertionError("; ".join([*broken[:3], *([str(run.failure)] if run.failure else [])]))
         run.told, run.faults, run.died = cluster.told, cluster.weather.counts, cluster.died
@@ -234,12 +214,15 @@ class _Trial:
         app.commit_interval_s = min(app.commit_interval_s, COMMIT_S_MAX)
         return app
 
-    async def _scenario(self, cluster: _SlowlyRead, nemesis: Nemesis | None) -> Outcome:
+    async def _scenario(self, cluster: Cluster, nemesis: Nemesis | None) -> Outcome:
         await cluster.open()
         try:
             await cluster.broker.create_topics(self._topics)
             await self._write_bounded(cluster)
-            cluster.slow_down(self._bounded, self._pause_s() if nemesis is not None else 0.0)
+            mean_s = self._pause_s() if nemesis is not None else 0.0
+            cluster.pause_s = lambda topics: (
+                cluster.dice.uniform(0.0, 2.0 * mean_s) if mean_s and self._bounded.intersection(topics) else 0.0
+            )
             for _ in range(WORKERS):
                 cluster.start()
             feeding = asyncio.create_task(self._feed(cluster, nemesis), name="feeding")
@@ -247,7 +230,7 @@ class _Trial:
                 assert nemesis is not None
                 await _torment(cluster, nemesis)
             await feeding
-            cluster.slow_down((), 0.0)
+            mean_s = 0.0
             if nemesis is not None:
                 await nemesis.make_peace()
                 await cluster.settle()
@@ -295,8 +278,6 @@ def _targets(seed: int, places: Sequence[str]) -> tuple[str, ...]:
 
 async def _torment(cluster: Cluster, nemesis: Nemesis) -> None:
     """Faults, and longer than the session of a dead worker lasts. Workers go on dying at the seed's steps meanwhile."""
-    if nemesis._keeper is not None:
-        nemesis._keeper.cancel()  # each torment has one of its own
     await nemesis.torment()
     await asyncio.sleep(cluster.dice.uniform(SESSION_TIMEOUT_S, 2 * SESSION_TIMEOUT_S))
 
@@ -312,53 +293,22 @@ async def settle(cluster: Cluster) -> None:
 
 def raise_what_ended(workers: Iterable[Worker]) -> None:
     """Raise the reason of a worker that ended by itself."""
-    for worker in workers:
-        failure = worker.reason
-        if failure is None and not worker.process.dead and worker.life is not None and worker.life.done():
-            failure = worker.life.exception()
-        if isinstance(failure, StreamprocError):
-            raise failure.with_traceback(None)  # says what it has to say; its frames would keep what was abandoned
-        if failure is not None:
-            raise failure
+    failure = next(filter(None, map(_what_ended, workers)), None)
+    if isinstance(failure, StreamprocError):
+        raise _without_frames(failure)  # it says what it has to say
+    if failure is not None:
+        raise failure
 
 
-# ---- reading slowly
+def _what_ended(worker: Worker) -> BaseException | None:
+    ended = worker.life is not None and worker.life.done() and not worker.process.dead
+    return worker.reason or (worker.life.exception() if ended and worker.life is not None else None)
 
 
-class _SlowlyRead(Cluster):
-    """A cluster whose workers read some topics with pauses: faults are to strike in the middle of an input that is there
-    as a whole."""
-
-    _topics: frozenset[str] = frozenset()
-    _pause_s = 0.0
-
-    def slow_down(self, topics: Iterable[str], pause_s: float) -> None:
-        """Pause about so long before each batch of ``topics``, from now on."""
-        self._topics, self._pause_s = frozenset(topics), pause_s
-
-    def pause_s(self, topics: Iterable[str]) -> float:
-        return self.dice.uniform(0.0, 2.0 * self._pause_s) if self._topics.intersection(topics) else 0.0
-
-    def _adapt(self, app: App, worker: Worker) -> None:
-        super()._adapt(app, worker)
-        line = cast(Line, app.make_transport())
-        fetcher = line.fetcher
-        line.fetcher = lambda: _SlowFetcher(fetcher(), self)  # type: ignore[method-assign, assignment, return-value]
-
-
-class _SlowFetcher:
-    """`transport.contract.Fetcher`."""
-
-    def __init__(self, inner: LineFetcher, cluster: _SlowlyRead) -> None:
-        self._inner, self._cluster = inner, cluster
-        self._topics: set[str] = set()
-        self.at_end, self.lag, self.pause, self.close = inner.at_end, inner.lag, inner.pause, inner.close
-
-    def resume(self, tp: TopicPartition, position: Offset) -> None:
-        self._topics.add(tp.topic)
-        self._inner.resume(tp, position)
-
-    async def get(self) -> RawBatch:
-        if (pause_s := self._cluster.pause_s(self._topics)) > 0:
-            await asyncio.sleep(pause_s)
-        return await self._inner.get()
+def _without_frames(failure: BaseException) -> BaseException:
+    """They, and those of what it came from, would keep what a dead worker abandoned."""
+    link: BaseException | None = failure
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return failure

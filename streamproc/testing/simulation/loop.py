@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import heapq
 import itertools
 import random
+import sys
+import types
 from collections import deque
 from collections.abc import Callable, Coroutine
 from enum import Enum
@@ -20,7 +23,10 @@ from typing import Any, TypeVar
 
 from streamproc.core.errors import invariant
 
-__all__ = ["Life", "Process", "Stuck", "VirtualClock", "VirtualLoop", "current_process", "virtual_loop"]
+__all__ = [
+    "Life", "Process", "Stuck", "VirtualClock", "VirtualLoop",
+    "bury", "current_process", "unless_abandoned", "virtual_loop",
+]  # fmt: skip
 
 T = TypeVar("T")
 _CURRENT: contextvars.ContextVar[Process | None] = contextvars.ContextVar("simulated_process", default=None)
@@ -251,6 +257,24 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 def virtual_loop(seed: object) -> VirtualLoop:
     """A loop whose order is drawn from ``seed``. What a simulated run has no use for (sockets, signals) is not there."""
     return VirtualLoop(random.Random(f"order {seed}"))  # type: ignore[abstract]
+
+
+def bury() -> None:
+    """Free what dead workers left. Python runs the `finally` of each of their coroutines on the way, and what these start
+    or wait for must go too: asyncio's default loop, where it would else end up, never runs and keeps it for ever."""
+    found = True
+    while found:
+        asyncio._set_running_loop(virtual_loop("nobody's"))
+        try:
+            found = gc.collect() > 0
+        finally:
+            asyncio._set_running_loop(None)
+
+
+def unless_abandoned(what: sys.UnraisableHookArgs) -> None:
+    """`sys.unraisablehook` while coroutines are abandoned: their `finally` can reach nothing any more, and fails."""
+    if not isinstance(what.object, types.CoroutineType | types.AsyncGeneratorType):
+        sys.__unraisablehook__(what)
 
 
 class VirtualClock:

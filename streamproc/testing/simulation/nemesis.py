@@ -61,7 +61,8 @@ class Nemesis:
 
     async def torment(self, feeding: asyncio.Future[None] | None = None) -> None:
         """All of it: a few acts, and with ``feeding`` so many more that there is work to be spoilt until that is done."""
-        self._keeper = asyncio.create_task(self._keep(), name="keeper")
+        if self._keeper is None:
+            self._keeper = asyncio.create_task(self._keep(), name="keeper")
         acts: list[tuple[Act, float]] = [
             (self._storm, 8), (self._kill, 3), (self._kill_soon, 5), (self._restart, 5), (self._join, 2),
             (self._rebalance, 3), (self._pause, 4), (self._stall, 6), (self._sinks_fall, 4), (self._back_up_sinks, 2),

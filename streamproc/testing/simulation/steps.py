@@ -14,14 +14,15 @@ import inspect
 import sys
 import types
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamproc.core.errors import UserError
 
-__all__ = ["SCOPE", "Instrumented", "Listener", "install"]
+__all__ = ["SCOPE", "Instrumented", "Listener", "install", "listening", "require_mutated"]
 
 SCOPE = ("runtime", "commit", "state", "sinks", "transport/embedded")
 """Packages of streamproc whose awaits are steps."""
@@ -77,7 +78,6 @@ class Instrumented:
     all_steps: tuple[str, ...]
     """With those of `UNREACHED`."""
     _old: Mapping[types.FunctionType, types.CodeType]
-    _hook: Any
 
     @property
     def points(self) -> list[str]:
@@ -91,17 +91,23 @@ class Instrumented:
         ]
 
     def uninstall(self) -> None:
-        global _listener
-        _listener = None
-        sys.unraisablehook = self._hook
         for function, code in self._old.items():
             function.__code__ = code
 
 
-def install(listener: Listener, mutations: Mapping[str, Callable[[str], str]] | None = None) -> Instrumented:
-    """Put the steps in. ``mutations``: file (as ``runtime/epoch.py``) -> what to make of its source first."""
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """``listener`` is told of the steps that are come by meanwhile. They must be installed."""
     global _listener
     _listener = listener
+    try:
+        yield
+    finally:
+        _listener = None
+
+
+def install(mutations: Mapping[str, Callable[[str], str]] | None = None) -> Instrumented:
+    """Put the steps in. ``mutations``: file (as ``runtime/epoch.py``) -> what to make of its source first."""
     root = Path(__file__).parents[2]
     changes = dict(mutations or {})
     steps: list[str] = []
@@ -135,14 +141,7 @@ def install(listener: Listener, mutations: Mapping[str, Callable[[str], str]] | 
             "streamproc." + str(path.relative_to(root)).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
         ]
         module.__dict__.update(_sp_await=_await, _sp_for=_For, _sp_with=_With)
-    loud, sys.unraisablehook = sys.unraisablehook, _of_the_dead
-    return Instrumented(tuple(steps), tuple(every), old, loud)
-
-
-def _of_the_dead(what: sys.UnraisableHookArgs) -> None:
-    """When an abandoned coroutine is collected Python runs its `finally`, which can reach nothing any more: not of interest."""
-    if not isinstance(what.object, types.CoroutineType | types.AsyncGeneratorType):
-        sys.__unraisablehook__(what)
+    return Instrumented(tuple(steps), tuple(every), old)
 
 
 def _replace(
