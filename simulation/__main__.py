@@ -17,6 +17,7 @@ from simulation.seeds import points, prepare, run_seeds
 
 __all__ = ["main"]
 
+TOLD_EVERY = 250
 ALL_STEPS_FROM = 1_000
 """Runs of at least so many seeds fail if a step was never died at."""
 SAME_EVERYWHERE = {"PYTHONHASHSEED": "0", "POLARS_MAX_THREADS": "1"}
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed: list[Result] = []
     died: set[str] = set()
     faults: dict[str, int] = {}
-    epochs, began = 0, time.perf_counter()
+    epochs, seen, began = 0, 0, time.perf_counter()
     columns = (
         TextColumn("simulating"),
         BarColumn(),
@@ -54,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
                 _tell(console, result, options)
                 if options.stop_at_first:
                     break
+            seen += 1
+            if not console.is_terminal and seen % TOLD_EVERY == 0:  # where no bar is drawn
+                print(f"{seen} of {len(seeds)} seeds, {len(failed)} failed, {len(died)} steps hit", file=sys.stderr)
             progress.update(bar, advance=1, bad=f"{len(failed)} failed" if failed else "")
     missed = [step for step in every if step not in died]
     if options.verbose or (missed and len(seeds) >= ALL_STEPS_FROM):

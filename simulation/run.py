@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -42,7 +43,7 @@ class Result:
     virtual_s: float = 0.0
 
 
-def run_seed(seed: int, targets: tuple[str, ...] = (), *, calm: bool = False) -> Result:
+def run_seed(seed: int, targets: Sequence[str] = (), *, calm: bool = False) -> Result:
     """``targets``: steps that workers are to die at, beside what the seed draws. The steps must be installed."""
     dice = random.Random(seed)
     loop = virtual_loop(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import multiprocessing
+import random
 import sys
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,19 @@ __all__ = ["points", "prepare", "run_one", "run_seeds"]
 
 TARGETS = 6
 """Steps that a seed's workers are to die at."""
+RARE = (
+    "Runtime._pump: await self.clock",
+    "Runtime._pump: await self._moved_away()",
+    "Runtime._pump: await self.app.crash",
+    "Runtime._moved_away",
+    "Runtime.close_tasks: await asyncio.wait(late)",
+    "SinkFeed._expired",
+    "SinkFeed._catch_up",
+    "SinkFeed._rebuild",
+    "SinkFeed._reread",
+    "Standbys.keep",
+)
+"""Steps that few runs come by: half of them, by the dice, are targets of each seed."""
 CHUNK = 5
 COLLECT_EVERY = 5
 """Seeds between two collections of what dead workers left."""
@@ -58,7 +72,9 @@ def points() -> list[str]:
 def run_one(seed: int) -> Result:
     """Everything about it follows from the seed and the code."""
     every = points()
-    targets = tuple(every[(seed * TARGETS + at) % len(every)] for at in range(TARGETS))
+    rare = [point for point in every if any(name in point for name in RARE)]
+    targets = [every[(seed * TARGETS + at) % len(every)] for at in range(TARGETS)]
+    targets += random.Random(f"rare {seed}").sample(rare, len(rare) // 2)
     gc.disable()  # a collection in mid-run would depend on what ran before
     try:
         return run_seed(seed, targets)

@@ -87,7 +87,10 @@ class Cluster:
         self._spawned: list[asyncio.Task[None]] = []
         self._context = contextvars.copy_context()
         self._stalls: dict[Process, tuple[str, float]] = {}
-        self._armed: dict[Process, tuple[str | None, int]] = {}
+        self.targets: set[str] = set()
+        """Steps at which the next armed worker that comes by dies."""
+        self._armed: set[Process] = set()
+        self._doomed: dict[Process, int] = {}
         self._lives = 0
         self._serving: asyncio.Task[None] | None = None
 
@@ -151,12 +154,17 @@ class Cluster:
         self.loop.kill(worker.process)
         worker.disk.let_go()
 
-    def arm(self, worker: Worker, step: str | None, count: int = 1) -> None:
-        """It dies when it comes by ``step`` (None: any) for the ``count``-th time from now."""
-        self._armed[worker.process] = (step, count)
+    def arm(self, worker: Worker) -> None:
+        """It dies when it comes by one of `targets`."""
+        self._armed.add(worker.process)
+
+    def doom(self, worker: Worker, steps: int) -> None:
+        """It dies at the ``steps``-th step from now."""
+        self._doomed[worker.process] = steps
 
     def disarm(self) -> None:
         self._armed.clear()
+        self._doomed.clear()
         self._stalls.clear()
 
     def copy_disk(self, disk: Disk) -> Disk:
@@ -176,13 +184,12 @@ class Cluster:
         self.reached.add(step)
         if self._stalls and step.startswith(self._stalls.get(process, ("never", 0))[0]):
             self._stall(process)
-        armed = self._armed.get(process)
-        if armed is None or armed[0] not in (None, step):
+        left = self._doomed.get(process, 0)
+        if left > 1:
+            self._doomed[process] = left - 1
+        if left != 1 and not (process in self._armed and step in self.targets):
             return None
-        if armed[1] > 1:
-            self._armed[process] = (armed[0], armed[1] - 1)
-            return None
-        del self._armed[process]
+        self.targets.discard(step)
         worker = next(worker for worker in self.workers if worker.process is process)
         self.died.add(step)
         self.kill(worker, f"at {step}")

@@ -39,12 +39,13 @@ Act = Callable[[], Awaitable[None]]
 
 
 class Nemesis:
-    """``targets``: steps that workers are to die at, one after the other. ``meddled``: a source topic, of a pipeline of the
+    """``targets``: steps that a worker is to die at, once each. ``meddled``: a source topic, of a pipeline of the
     same name, that people set the offsets of, add partitions to and make anew; None: nobody does."""
 
     def __init__(self, cluster: Cluster, targets: Sequence[str] = (), *, meddled: str | None = None) -> None:
         self._source = meddled or ""
-        self.cluster, self.dice, self.targets = cluster, cluster.dice, list(targets)
+        self.cluster, self.dice = cluster, cluster.dice
+        cluster.targets.update(targets)
         self.feeding = asyncio.Event()
         """Cleared while the source topics must not be written."""
         self.feeding.set()
@@ -85,7 +86,7 @@ class Nemesis:
         """No more faults; zombies wake up, somebody runs."""
         cluster = self.cluster
         cluster.say("-- peace")
-        self.targets.clear()
+        cluster.targets.clear()
         cluster.disarm()
         cluster.weather.calm()
         for sink in cluster.sinks.values():
@@ -128,21 +129,15 @@ class Nemesis:
         self.cluster.watch.require(failure is None, f"{worker.name} ended by itself: {failure!r}")
 
     def _aim(self) -> None:
-        """Whoever is new is to die at a target; if it does not come by there, somebody else later, and it elsewhere."""
+        """Sooner or later each is to die at a target."""
         for worker in self.cluster.alive:
             if self.dice.random() < 0.05:
-                self._aim_at(worker)
+                self.cluster.arm(worker)
 
     def _aim_at_some(self, worker: Worker) -> None:
         """Not at each that starts: who always dies while it starts never has anything to lose."""
         if self.dice.random() < 0.4:
-            self._aim_at(worker)
-
-    def _aim_at(self, worker: Worker) -> None:
-        self.targets = [target for target in self.targets if target not in self.cluster.died]
-        if self.targets:
-            self.targets.append(target := self.targets.pop(0))
-            self.cluster.arm(worker, target)
+            self.cluster.arm(worker)
 
     def _take_disk(self) -> Disk | None:
         return self._disks.pop() if self._disks else None
@@ -159,7 +154,7 @@ class Nemesis:
 
     async def _kill_soon(self) -> None:
         if (worker := self._one()) is not None:
-            self.cluster.arm(worker, None, self.dice.randrange(1, 300))
+            self.cluster.doom(worker, self.dice.randrange(1, 300))
 
     async def _restart(self) -> None:
         if (worker := self._one()) is not None:

@@ -55,6 +55,7 @@ UNREACHED = {
     "Agent.on_start: await super()": "an agent over an in-memory channel",
     "Agent.on_stop: await super()": "likewise",
     "EmbeddedTransport._expire": "the broker's own",
+    "read_between: await changed.wait()": "a reader that waits for an open transaction; ours read up to the stable offset",
 }
 """Steps (function, or function and text) that a simulated run does not come by, and why."""
 ENDLESS = {
