@@ -5,7 +5,7 @@ PYTEST := $(PY) -m pytest -q
 # Two processes, each with servers of its own, share the test files; ARGS="-n 0" makes it one.
 TWO := -n 2 --dist loadfile
 
-.PHONY: demo test check test-fast test-server test-kafka test-browser simulate simulate-mutants chaos bench format clean
+.PHONY: demo test check test-fast test-server test-kafka test-browser simulate simulate-mutants chaos bench profile format clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
@@ -48,8 +48,12 @@ simulate: $(VENV)/ready  ## SEEDS runs from FROM on in virtual time, each with f
 simulate-mutants: $(VENV)/ready  ## deliberate breaks of the protocol, one at a time: each must be caught
 	$(PY) -m simulation.hunt $(ARGS)
 
-bench: $(VENV)/ready  ## every benchmark, appended to benchmarks/results.jsonl
+bench: $(VENV)/ready  ## every benchmark, then the peers on the same jobs, appended to benchmarks/results.jsonl
 	$(PY) -m benchmarks all --transport all --append $(ARGS)
+	$(PY) -m benchmarks peers --append $(PEERS)
+
+profile: $(VENV)/ready  ## where the time goes: each step of pipeline and agent in µs a record, and flame graphs in .run/profile
+	$(PY) -m benchmarks profile --transport kafka $(ARGS)
 
 format: $(VENV)/ready
 	$(VENV)/bin/ruff format --quiet . && $(VENV)/bin/ruff check --quiet --fix .

@@ -2,6 +2,7 @@
 
 python -m benchmarks soak --seconds 600
 python -m benchmarks unavailability --transport kafka
+python -m benchmarks peers --records 2000000 --rounds 3
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +18,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import soak, unavailability
+from benchmarks import latency, memory, partitions, profile, restore, soak, unavailability
+from benchmarks.peers import cli as peers
 from benchmarks.run import FULL_RECORDS, NAMES, TRANSPORTS, run
 from streamproc.core.clock import SystemClock
 from streamproc.core.errors import StreamprocError
@@ -27,6 +29,17 @@ __all__ = ["main"]
 
 RESULTS: Final = Path(__file__).resolve().parent / "results.jsonl"
 WIDTH: Final = 100
+OTHERS: Final[dict[str, Callable[[Sequence[str]], int]]] = {
+    "latency": latency.main,
+    "memory": memory.main,
+    "partitions": partitions.main,
+    "peers": peers.main,
+    "profile": profile.main,
+    "restore": restore.main,
+    "soak": soak.main,
+    "unavailability": unavailability.main,
+}
+"""Benchmarks with arguments and figures of their own, by name."""
 SHOWN: Final = {
     "records_per_worker_cpu_s": "records/CPU-s",
     "worker_cpu_s": "CPU s",
@@ -40,10 +53,8 @@ SHOWN: Final = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: every run was correct. 1: one was not, failed, or committed too seldom."""
     words = sys.argv[1:] if argv is None else argv
-    if words[:1] == ["soak"]:
-        return soak.main(words[1:])
-    if words[:1] == ["unavailability"]:
-        return unavailability.main(words[1:])
+    if words and words[0] in OTHERS:
+        return OTHERS[words[0]](words[1:])
     given = _parser().parse_args(words)
     errors = Console(stderr=True, highlight=False)
     names = NAMES if given.name == "all" else (given.name,)

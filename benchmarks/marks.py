@@ -16,17 +16,19 @@ import cProfile
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 import streamproc as sp
+from benchmarks.orders import PARTITIONS
+from benchmarks.profile_sampler import SESSION, Sampler
 from streamproc.core.types import Offset, TopicPartition
 from streamproc.transport.contract import Fetcher, Transport
 
-__all__ = ["MARK", "SCHEMAS", "TOPIC", "MeasuredApp", "Settings", "settings"]
+__all__ = ["MARK", "SCHEMAS", "TOPIC", "MeasuredApp", "Settings", "all_committed", "settings", "settled"]
 
 MARK: Final = "@@benchmark "
 """Begins a line of the worker's output that is meant for the measuring process; JSON follows."""
@@ -34,6 +36,7 @@ TOPIC: Final = "orders"
 SCHEMAS: Final = Path(__file__).resolve().parent / "schemas"
 _VARIABLE: Final = "STREAMPROC_BENCHMARK"
 _POLL_S: Final = 0.02
+S = TypeVar("S", bound="Settings")
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -44,29 +47,31 @@ class Settings(msgspec.Struct, frozen=True):
     """Where the worker keeps its state."""
     app_id: str = "benchmark"
     topic: str = TOPIC
+    partitions: int = PARTITIONS
     records: int = 0
     """In the topic before the worker starts; 0: nobody measures."""
     commit_interval_s: float = 1.0
     redis: str = ""
     postgres: str = ""
     profile: str = ""
-    """A file for cProfile's figures of what runs between the marks; the run's own figures are then worth nothing."""
+    """A file for cProfile's figures of what runs between the marks, or for a `Sampler`'s; the run's own figures are then worth
+    nothing."""
 
     def environment(self) -> dict[str, str]:
         """For the worker's process."""
         return {_VARIABLE: msgspec.json.encode(self).decode()}
 
 
-def settings() -> Settings:
-    """What this process was told."""
+def settings(kind: type[S] = Settings) -> S:  # type: ignore[assignment]  # the default of S
+    """What this process was told; ``kind`` is a job's own kind of `Settings`."""
     given = os.environ.get(_VARIABLE)
-    return msgspec.json.decode(given, type=Settings) if given else Settings()
+    return msgspec.json.decode(given, type=kind) if given else kind()
 
 
 class MeasuredApp(sp.App):
     """An app that marks its first fetch of an order and the moment when `done` says that nothing is left to do."""
 
-    def __init__(self, told: Settings, done: Callable[[MeasuredApp], bool]) -> None:
+    def __init__(self, told: Settings, done: Callable[[MeasuredApp], bool | Awaitable[bool]]) -> None:
         super().__init__(
             told.app_id,
             broker=told.broker,
@@ -77,7 +82,7 @@ class MeasuredApp(sp.App):
         )
         self.told = told
         self._done = done
-        self._profile = cProfile.Profile() if told.profile else None
+        self._profile = _profile(told.profile)
         if told.records:
             self.task(self._watch)
 
@@ -91,7 +96,7 @@ class MeasuredApp(sp.App):
             self._profile.enable()
 
     async def _watch(self) -> None:
-        while not self._done(self):
+        while not await self._is_done():
             await self.clock.sleep(_POLL_S)
         if self._profile is not None:
             self._profile.disable()
@@ -101,6 +106,38 @@ class MeasuredApp(sp.App):
         epochs = {str(name): task.view.commits - 1 for name, task in tasks.items()}
         restarts = sum(task.view.restarts for task in tasks.values())
         _say({"mark": "last", "epochs": epochs, "restarts": restarts})
+
+    async def _is_done(self) -> bool:
+        done = self._done(self)
+        return done if isinstance(done, bool) else await done
+
+
+def all_committed(app: MeasuredApp) -> bool:
+    """Every order that was in the topic is behind a committed position."""
+    at = 0
+    for task in app.runtime.tasks.values():
+        at += task.committed_position(TopicPartition(app.told.topic, task.id.partition)) or 0
+    return bool(app.told.records) and at >= app.told.records
+
+
+async def settled(app: MeasuredApp) -> bool:
+    """The orders are committed, and so is all that tasks have shipped to one another: the end of a run whose input has
+    none."""
+    if not all_committed(app):
+        return False
+    works = [task.work for task in app.runtime.tasks.values() if task.work is not None]
+    ends = await app.runtime.transport.offsets([tp for work in works for tp in work.resume_at()])
+    return all(
+        not work.dirty and all(at >= ends[tp].stable for tp, at in work.resume_at().items() if tp in ends)
+        for work in works
+    )
+
+
+def _profile(file: str) -> cProfile.Profile | Sampler | None:
+    """What makes ``file``, by how its name ends."""
+    if file.endswith(SESSION):
+        return Sampler()
+    return cProfile.Profile() if file else None
 
 
 class _Marked:

@@ -67,6 +67,11 @@ class Orders:
     def __len__(self) -> int:
         return len(self.users)
 
+    def record(self, place: int) -> tuple[bytes, bytes]:
+        """Key and value of the record at ``place``, from 0."""
+        begin = int(self.ends[place - 1]) if place else 0
+        return b"%d" % self.users[place], self.values[begin : int(self.ends[place])]
+
     def slices(self, records: int) -> Iterator[dict[int, list[tuple[bytes, bytes]]]]:
         """Keys and values by partition, about ``records`` at a time, in order."""
         for at in range(0, len(self), records):

@@ -12,10 +12,9 @@ import polars as pl
 
 import streamproc as sp
 from benchmarks.marks import SCHEMAS, MeasuredApp, Settings, settings
-from benchmarks.orders import PARTITIONS
 from streamproc import sinks
 
-__all__ = ["TABLE", "app", "build"]
+__all__ = ["TABLE", "app", "build", "declare"]
 
 TABLE: Final = "revenue"
 
@@ -23,12 +22,19 @@ TABLE: Final = "revenue"
 def build(told: Settings) -> MeasuredApp:
     """The app as ``told``."""
     app = MeasuredApp(told, lambda app: app.runtime.finished())
+    declare(app, told)
+    return app
+
+
+def declare(app: sp.App, told: Settings, *, bounded: bool = True) -> None:
+    """The job itself, on ``app``. Bounded only so that a run has an end: at it every window closes, as it would by later
+    orders."""
     orders = app.topic(
         told.topic,
         value_schema=str(SCHEMAS / "order.avsc"),
-        partitions=PARTITIONS,
-        # Bounded only so that the run has an end: at it every window closes, as it would by later orders.
-        event_time=sp.event_time("event_time", out_of_orderness="5s", bounded=True),
+        partitions=told.partitions,
+        config={"retention.ms": "-1"},
+        event_time=sp.event_time("event_time", out_of_orderness="5s", bounded=bounded),
     )
     revenue = (
         app.pipeline(orders)
@@ -43,7 +49,6 @@ def build(told: Settings) -> MeasuredApp:
         revenue.sink(sinks.redis(told.redis), emit="on_update")
     if told.postgres:
         revenue.sink(sinks.postgres(told.postgres), emit="on_update")
-    return app
 
 
 app = build(settings())

@@ -8,20 +8,22 @@ import platform
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 from uuid import uuid4
 from xml.etree import ElementTree
 
 import msgspec
+import numpy as np
 import psutil  # type: ignore[import-untyped]
 
-from benchmarks import oracle, results
+from benchmarks import distinct_job, oracle, pipeline_job, results
 from benchmarks.marks import TOPIC, Settings
 from benchmarks.orders import PARTITIONS, Orders, orders
 from benchmarks.worker import Measured, measure
@@ -34,7 +36,8 @@ from streamproc.transport.contract import OutRecord, TopicSpec, Transport
 
 __all__ = ["COMMITS_MIN", "NAMES", "TRANSPORTS", "TooFewCommits", "commit_interval_s", "require_commits", "run"]
 
-NAMES: Final = ("pipeline", "agent")
+NAMES: Final = ("pipeline", "distinct", "count", "forward", "agent")
+WITH_SINKS: Final = ("pipeline", "distinct")
 TRANSPORTS: Final = ("embedded", "kafka")
 COMMITS_MIN: Final = 20
 FULL_RECORDS: Final = 2_000_000
@@ -94,7 +97,7 @@ def run(
             commit_interval_s=commit_interval_s(records) if interval_s is None else interval_s, profile=profile,
         )  # fmt: skip
         _warm_up(name, told, log, folder, clock, say)
-        if name == "pipeline":
+        if name in WITH_SINKS:
             told = stack.enter_context(_sinks(told, folder))
         say(f"producing {records:,} orders")
         asyncio.run(_produce(log, told.topic, input_))
@@ -181,12 +184,12 @@ def _sinks(told: Settings, folder: Path) -> Iterator[Settings]:
         postgres.stop()
 
 
-async def _produce(log: Log, topic: str, input_: Orders) -> None:
+async def _produce(log: Log, topic: str, input_: Orders, partitions: int = PARTITIONS) -> None:
     transport = log.open()
     await transport.start()
     try:
         # Old event times are no reason for a broker to drop anything.
-        await transport.create_topics([TopicSpec(topic, PARTITIONS, {"retention.ms": "-1"})])
+        await transport.create_topics([TopicSpec(topic, partitions, {"retention.ms": "-1"})])
         for part in input_.slices(SEND_RECORDS):
             await transport.send(
                 {
@@ -199,21 +202,49 @@ async def _produce(log: Log, topic: str, input_: Orders) -> None:
 
 
 async def _compare(name: str, told: Settings, log: Log, input_: Orders) -> list[str]:
-    """Every row of the table, as its changelog has it, and of both sinks against the oracle."""
+    """Everything that the run left against the oracle."""
     transport = log.open()
     await transport.start()
     try:
-        if name == "agent":
-            wanted = oracle.orders_per_user(input_.parquet)
-            return oracle.differences("changelog", wanted, await results.agent_rows(told, transport))
+        match name:
+            case "agent":
+                wanted = oracle.orders_per_user(input_.parquet)
+                return oracle.differences("changelog", wanted, await results.agent_rows(told, transport))
+            case "count":
+                wanted = oracle.orders_per_user(input_.parquet)
+                return oracle.differences("changelog", wanted, await results.count_rows(told, transport))
+            case "forward":
+                return await _compare_forwarded(told, transport, input_)
+            case "distinct":
+                wanted = oracle.buyers_by_country(input_.parquet)
+                return await _compare_windows(distinct_job, {"orders": int, "buyers": int}, wanted, told, transport)
         wanted = oracle.revenue_by_country(input_.parquet)
-        return [
-            *oracle.differences("changelog", wanted, await results.pipeline_rows(told, transport)),
-            *oracle.differences("Redis", wanted, await results.redis_rows(told.redis)),
-            *oracle.differences("Postgres", wanted, await results.postgres_rows(told.postgres)),
-        ]
+        return await _compare_windows(pipeline_job, {"orders": int, "revenue": float}, wanted, told, transport)
     finally:
         await transport.stop()
+
+
+async def _compare_windows(
+    job: ModuleType, columns: Mapping[str, type], wanted: oracle.Rows, told: Settings, transport: Transport
+) -> list[str]:
+    """Every row of the table, as its changelog has it, and of both sinks."""
+    return [
+        *oracle.differences("changelog", wanted, await results.window_rows(job, columns, told, transport)),
+        *oracle.differences("Redis", wanted, await results.redis_rows(told.redis, job.TABLE, columns)),
+        *oracle.differences("Postgres", wanted, await results.postgres_rows(told.postgres, job.TABLE, columns)),
+    ]
+
+
+async def _compare_forwarded(told: Settings, transport: Transport, input_: Orders) -> list[str]:
+    """Every record of the output topic, byte for byte and in its order."""
+    places = np.array(oracle.completed(input_.parquet), np.int64)
+    wrong = []
+    for partition in range(told.partitions):
+        mine = places[input_.partitions[places] == partition].tolist()
+        wanted = [input_.record(place) for place in mine]
+        got = await results.forwarded(told, transport, partition)
+        wrong += oracle.differences_in_order(f"partition {partition}", wanted, got)
+    return wrong
 
 
 def _line(name: str, transport: str, told: Settings, measured: Measured, wrong: list[str], log: Log) -> dict[str, Any]:

@@ -42,10 +42,12 @@ class Measured:
     restarts: int
 
 
-def measure(job: str, told: Settings, clock: Clock, *, faust: Path | None = None) -> Measured:
+def measure(
+    job: str, told: Settings, clock: Clock, *, faust: Path | None = None, run_s_max: float = RUN_S_MAX
+) -> Measured:
     """Run ``faust -A benchmarks.JOB worker`` until it says that all is done, then end it.
 
-    Raises `UserError` with the end of its output when it stops before that or takes longer than `RUN_S_MAX`.
+    Raises `UserError` with the end of its output when it stops before that or takes longer than ``run_s_max``.
     """
     command = [
         str(faust or Path(sys.executable).with_name("faust")),
@@ -60,7 +62,7 @@ def measure(job: str, told: Settings, clock: Clock, *, faust: Path | None = None
         command, cwd=_ROOT, env={**os.environ, **told.environment(), "PYTHONUNBUFFERED": "1"}, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     )  # fmt: skip
-    run = _Run(process, clock)
+    run = _Run(process, clock, run_s_max)
     try:
         return run.measure()
     finally:
@@ -68,8 +70,8 @@ def measure(job: str, told: Settings, clock: Clock, *, faust: Path | None = None
 
 
 class _Run:
-    def __init__(self, process: subprocess.Popen[str], clock: Clock) -> None:
-        self._process, self._clock = process, clock
+    def __init__(self, process: subprocess.Popen[str], clock: Clock, run_s_max: float) -> None:
+        self._process, self._clock, self._run_s_max = process, clock, run_s_max
         self._watched = psutil.Process(process.pid)
         self._marks: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -111,7 +113,7 @@ class _Run:
         self._marks.put(None)
 
     def _await(self, name: str) -> dict[str, Any]:
-        until = self._clock.monotonic_s() + RUN_S_MAX
+        until = self._clock.monotonic_s() + self._run_s_max
         while self._clock.monotonic_s() < until:
             try:
                 mark = self._marks.get(timeout=SAMPLE_S)
@@ -129,7 +131,7 @@ class _Run:
         try:
             code = self._process.wait(STOP_S_MAX if not self._reader.is_alive() else 0)
         except subprocess.TimeoutExpired:
-            return f"did not come to its mark {name!r} in {RUN_S_MAX:.0f} s"
+            return f"did not come to its mark {name!r} in {self._run_s_max:.0f} s"
         return f"ended with code {code} before its mark {name!r}"
 
     def _answer(self) -> None:

@@ -144,6 +144,11 @@ _ALL = (
     Mutant("expired-before-its-sink", "a row leaves only when every sink has its last change", (
         ("operators/windowtable.py", " or self._final_epoch(start) > sinks_epoch", ""),
     )),
+    Mutant("uncommitted-values-kept", "what a table keeps in memory over its epochs is committed", (
+        ("state/objects.py", "        super().clear()\n        self._read, self._deleted",
+                             "        self._kept.add(list(super().keys()), list(super().values()), 0)\n"
+                             "        super().clear()\n        self._read, self._deleted"),
+    )),
     Mutant("half-of-a-failed-record", "an epoch that failed leaves nothing", (
         (TASK, "        for overlay in self._parts.overlays.values():\n            overlay.drop()\n        self._open_work()\n",
                "        self._open_work()\n"),

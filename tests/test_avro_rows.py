@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -9,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_avro_support import MemoryRegistry, batch_of, framed, record, schema_of, schemas_with_records
 
@@ -144,6 +145,26 @@ def test_every_time_python_can_hold_is_exact(moments: list[datetime], near: bool
     rows, bad = RowDecoder(schema, MemoryRegistry({1: schema})).rows(batch_of(raw))
     assert bad == []
     assert [as_plain(row) for row in rows] == values
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.none() | TIMES.map(lambda moment: moment.replace(fold=0)), min_size=1, max_size=8))
+@example([datetime.min.replace(tzinfo=UTC), None, datetime.max.replace(tzinfo=UTC)])
+@example(
+    [datetime(year, month, day, tzinfo=UTC) for year in (1900, 2000, 2023, 2024) for month, day in ((2, 28), (3, 1))]
+)
+@example([datetime(2024, 2, 29, 23, 59, 59, 999_999, UTC), EPOCH, EPOCH - timedelta(microseconds=1)])
+def test_a_moment_is_what_python_would_have_made_of_it(moments: list[datetime | None]) -> None:
+    schema = schema_of(("at", ["null", US]))
+    raw = [
+        frame(1, b"\0" if moment is None else b"\2" + zigzag((moment - EPOCH) // timedelta(microseconds=1)))
+        for moment in moments
+    ]
+    rows, bad = RowDecoder(schema, MemoryRegistry({1: schema})).rows(batch_of(raw))
+    assert bad == []
+    assert [row.at for row in rows] == moments
+    assert [repr(row.at) for row in rows] == list(map(repr, moments))
+    assert pickle.loads(pickle.dumps([row.at for row in rows])) == moments
 
 
 def zigzag(value: int) -> bytes:

@@ -94,6 +94,29 @@ def test_the_oracle_agrees_with_sql(input_: Orders) -> None:
         assert exact == pytest.approx(revenue, rel=1e-12)
     users = duckdb.sql(f"select user_id, count(*) from '{input_.parquet}' group by 1").fetchall()
     assert oracle.orders_per_user(input_.parquet) == {(user,): (count,) for user, count in users}
+    buyers = query.replace("count(*), sum(amount)", "count(*), count(distinct user_id)")
+    assert oracle.buyers_by_country(input_.parquet) == {
+        (country, start): (start + 300_000, count, users)
+        for country, start, count, users in duckdb.sql(buyers).fetchall()
+    }
+
+
+def test_forwarded_orders_are_the_completed_ones_byte_for_byte(input_: Orders) -> None:
+    places = oracle.completed(input_.parquet)
+    assert (
+        len(places)
+        == duckdb.sql(f"select * from '{input_.parquet}' where status = 'completed'").count("*").fetchall()[0][0]
+    )
+    in_order = {record for part in input_.slices(RECORDS) for records in part.values() for record in records}
+    some = [input_.record(place) for place in places[:500]]
+    assert set(some) <= in_order
+    assert all(b"\x12completed" in value for _, value in some)
+    assert input_.record(0)[1] == input_.values[: input_.ends[0]]
+    assert not oracle.differences_in_order("out", some, list(some))
+    altered = [*some[:7], (b"k", b"v"), *some[8:]]
+    (told,) = oracle.differences_in_order("out", some, altered)
+    assert told.startswith("out record 7: (b'k', b'v'), expected ")
+    assert oracle.differences_in_order("out", some, some[:-1]) == ["out: 499 records, expected 500"]
 
 
 def test_one_altered_missing_foreign_or_repeated_row_is_a_difference() -> None:
@@ -187,7 +210,10 @@ def test_the_command_shows_a_run_beside_the_last_one_and_keeps_it_when_asked_to(
 
 
 @pytest.mark.server
-@pytest.mark.parametrize(("name", "records"), [("pipeline", 250_000), ("agent", 80_000)])
+@pytest.mark.parametrize(
+    ("name", "records"),
+    [("pipeline", 250_000), ("distinct", 250_000), ("count", 100_000), ("forward", 300_000), ("agent", 80_000)],
+)
 def test_a_benchmark_on_the_embedded_log_is_measured_and_correct(name: str, records: int) -> None:
     line = run(name, records, "embedded", clock=SystemClock(), interval_s=0.02)
     assert line["correct"], line

@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from streamproc.core.errors import UserError
-from streamproc.eventtime.spec import EventTime, Tumbling
+from streamproc.eventtime.spec import FOREVER, EventTime, Tumbling
 from streamproc.operators import aggregates as agg
 from streamproc.operators.pipeline import (
     Aggregated,
@@ -74,6 +74,26 @@ def line() -> int:
 
 
 # --- what a plan holds ------------------------------------------------------------------------------------------------
+
+
+def test_records_may_go_on_to_topics_from_anywhere_in_the_tree() -> None:
+    def declare(stream: Pipeline) -> None:
+        stream.to("copy")
+        doubled = stream.with_columns(twice=pl.col("amount") * 2)
+        doubled.filter(pl.col("twice") > 3).to(SomeTopic())
+        table(doubled)
+
+    root = plan(declare).root
+    assert root.outputs == ["copy"]
+    (doubled,) = root.children
+    assert ([found.name for found in doubled.tables], doubled.outputs) == (["t"], [])
+    assert doubled.children[0].outputs == ["too_late"]
+    assert root.late_topics("own") == ["own", "shop-orders-late"]
+
+
+def test_a_table_without_windows_has_one_that_holds_all_time() -> None:
+    (grouped,) = [plan(lambda s: s.group_by("country").agg(n=agg.count()).table("t")).root.tables]
+    assert [found.window for found in grouped] == [FOREVER]
 
 
 def test_a_pipeline_becomes_a_tree_of_steps_with_its_table() -> None:
@@ -287,7 +307,21 @@ WRONG: dict[str, tuple[Callable[[Pipeline], object], str]] = {
     "key twice": (lambda s: s.dedupe("id", "id", within="1h"), "dedupe names 'id' twice"),
     "within zero": (lambda s: s.dedupe("id", within="0s"), "within='0s' is zero"),
     "within no duration": (lambda s: s.dedupe("id", within="1 hour"), "within='1 hour' is not a duration"),
-    "no window": (lambda s: s.group_by("country").agg(n=agg.count()), "group_by has no window"),
+    "emit of a window that never closes": (
+        lambda s: s.group_by("country").agg(n=agg.count()).table("t").sink(SomeSink("x"), emit="final"),
+        "emit='final' would send nothing",
+    ),
+    "to its source": (lambda s: s.to("orders"), "'orders' would go back to their own source"),
+    "to no topic": (lambda s: s.to("my orders"), "'my orders' cannot be a topic to write to"),
+    "to a topic twice": (lambda s: (s.to("out"), s.to("out")), "go to 'out' already"),
+    "to a topic without its column": (
+        lambda s: s.with_columns(x=pl.col("amount") * 2).filter(pl.col("amount") > 1).to("out"),
+        "Column 'x' would get lost",
+    ),
+    "expect behind an output": (
+        lambda s: (s.to("out"), table(s.expect({"x": pl.col("amount") > 0}))),
+        "forks before this expect",
+    ),
     "no keys": (lambda s: s.group_by([]), "group_by has no column names"),
     "no aggregates": (lambda s: s.group_by("country").window(HOURLY).agg(), "agg has no aggregates"),
     "an expression as aggregate": (
@@ -303,7 +337,7 @@ WRONG: dict[str, tuple[Callable[[Pipeline], object], str]] = {
     "sink twice": (lambda s: table(s).sink(SomeSink("x")).sink(SomeSink("x")), "has the sink 'x' twice"),
     "late to its source": (lambda s: table(s).late.to("orders"), "back to their own source"),
     "late to no topic": (lambda s: table(s).late.to("late orders"), "'late orders' cannot be a late topic"),
-    "no table": (lambda s: s.filter(pl.col("amount") > 1), "leads to no table"),
+    "no table": (lambda s: s.filter(pl.col("amount") > 1), "leads to no table and no topic"),
     "unknown idle": (lambda s: event_time("at", idle="never"), "idle='never'"),  # type: ignore[arg-type]
 }
 

@@ -366,6 +366,27 @@ def test_a_record_too_old_to_dedupe_goes_once_to_each_late_topic_behind_it() -> 
     assert collected.counts.late == {"orders-dedupe-id": 1}
 
 
+def test_a_record_too_old_to_dedupe_on_its_way_to_a_topic_goes_to_the_pipelines_late_topic() -> None:
+    declaration = Declaration()
+    pipeline(declaration).dedupe("id", within="8m").to("out")
+    run = Run(compiled(declaration))
+    collected = run.take(order(id="a", at=HOUR), order(id="b", at=0), order(id="a", at=HOUR))
+    assert [(side.topic, side.kind) for side in collected.side] == [("shop-orders-late", "late")]
+    assert len(collected.forwarded["out"].timestamps) == 1
+
+
+def test_what_goes_on_to_a_topic_is_forgotten_with_its_epoch() -> None:
+    declaration = Declaration()
+    pipeline(declaration).filter(pl.col("country") == "DE").to("out")
+    run = Run(compiled(declaration))
+    assert "out" not in run.take(order(country="IT")).forwarded
+    run.program.process(batch_of([order()], 1))
+    assert run.program.size_bytes > 0
+    run.abort(None)
+    assert run.program.size_bytes == 0
+    assert not run.commit().forwarded
+
+
 def test_a_late_record_says_for_which_window_and_how_late() -> None:
     run = simple(allowed_lateness="2m")
     last_in_time = order(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamproc.core import limits
 from streamproc.core.errors import UserError
 from streamproc.state.contract import StoreMeta, Writes
+from streamproc.state.kept import ROW_BYTES
 from streamproc.state.memory import MemoryStore
 from streamproc.state.objects import ObjectOverlay
-from streamproc.state.overlay import Change
-from streamproc.state.packing import pack_key, pack_value, unpack_key, unpack_value
+from streamproc.state.overlay import Change, Changes
+from streamproc.state.packing import pack_key, pack_keys, pack_value, pack_values, unpack_key, unpack_value
 
 META = StoreMeta("log", 1, {}, 0)
 scalars = (
@@ -38,7 +41,19 @@ values = st.recursive(
 )
 
 
-def commit(overlay: ObjectOverlay) -> list[Change]:
+class CountedStore(MemoryStore):
+    """Knows how often it was asked for a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gets = 0
+
+    def get(self, key: bytes) -> bytes | None:
+        self.gets += 1
+        return super().get(key)
+
+
+def commit(overlay: ObjectOverlay) -> Changes:
     changes, writes = overlay.changes(), Writes()
     overlay.writes(writes)
     overlay._store.write(writes, META)
@@ -79,18 +94,43 @@ def test_keys_are_equal_exactly_if_their_bytes_are(one: Any, other: Any) -> None
     assert hash(back) == hash(one)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(keys | st.integers() | st.just("\ud800"), max_size=5))
+def test_many_are_packed_as_one_by_one(things: list[Any]) -> None:
+    assert outcome(pack_keys, things, "t") == outcome(lambda: [pack_key(thing, "t") for thing in things])
+    assert outcome(pack_values, things, "t", things) == outcome(lambda: [pack_value(one, "t", one) for one in things])
+
+
+def outcome(pack: Callable[..., list[bytes]], *given_: Any) -> list[bytes] | str:
+    try:
+        return pack(*given_)
+    except UserError as refused:
+        return str(refused)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.integers(-(1 << 63), (1 << 64) - 1) | st.integers(0, 300) | keys, scalars))
+def test_changes_are_in_the_order_of_their_bytes(rows: dict[Any, Any]) -> None:
+    overlay = ObjectOverlay(MemoryStore(), "totals")
+    overlay.update(rows)
+    expected = sorted((pack_key(key, "t"), pack_value(value, "t", key)) for key, value in rows.items())
+    assert [(change.key, change.value) for change in commit(overlay)] == expected
+    assert [(key[4:], value) for key, value in overlay._store.scan(b"", None)] == expected
+
+
 few = st.sampled_from(["a", "b", ("a", 1), 1, 1.0, True, 0.5, b"a", None])
-steps = st.lists(
-    st.tuples(st.sampled_from(["set", "append", "add", "delete", "pop", "setdefault", "get", "clear", "commit"]), few),
-    max_size=30,
-)
+kept_bytes = st.sampled_from([0, 900, limits.TABLE_KEPT_BYTES_MAX])
+"""Nothing is kept over the epochs, some rows, all of them."""
+verbs = st.sampled_from(["set", "append", "add", "delete", "pop", "setdefault", "get", "clear", "commit", "drop"])
+steps = st.lists(st.tuples(verbs, few), max_size=40)
 
 
-@settings(max_examples=300, deadline=None)
-@given(steps)
-def test_table_is_a_dict_over_epochs(history: list[tuple[str, Any]]) -> None:
+@settings(max_examples=400, deadline=None)
+@given(steps, kept_bytes)
+def test_table_is_a_dict_over_epochs(history: list[tuple[str, Any]], kept_bytes_max: int) -> None:
     # The model is Python's own: a dict, with the default stored at the first change in place.
-    overlay, model = table(default=list), dict[Any, list[Any]]()
+    overlay, model = table(default=list, kept_bytes_max=kept_bytes_max), dict[Any, list[Any]]()
+    committed = dict[Any, list[Any]]()
     for number, (verb, key) in enumerate(history):
         match verb:
             case "set":
@@ -114,14 +154,94 @@ def test_table_is_a_dict_over_epochs(history: list[tuple[str, Any]]) -> None:
                 model.clear()
             case "commit":
                 commit(overlay)
+                committed = {key: list(value) for key, value in model.items()}
+            case "drop":
+                overlay.drop()
+                model = {key: list(value) for key, value in committed.items()}
         assert key in overlay if key in model else key not in overlay
-    for _ in range(2):  # within the epoch, then from the store alone
+    require_same(overlay, model)
+
+
+@settings(max_examples=400, deadline=None)
+@given(steps, kept_bytes)
+def test_a_table_of_numbers_is_a_dict_over_epochs(history: list[tuple[str, Any]], kept_bytes_max: int) -> None:
+    overlay, model, committed = table(default=int, kept_bytes_max=kept_bytes_max), dict[Any, Any](), dict[Any, Any]()
+    for number, (verb, key) in enumerate(history):
+        match verb:
+            case "set":
+                overlay[key] = model[key] = number
+            case "append" | "add":
+                overlay[key] += 1
+                model[key] = model.get(key, 0) + 1
+            case "delete" if key in model:
+                del overlay[key], model[key]
+            case "pop":
+                assert overlay.pop(key, "none") == model.pop(key, "none")
+            case "setdefault":
+                assert overlay.setdefault(key, number) == model.setdefault(key, number)
+            case "get":
+                assert overlay.get(key, "none") == model.get(key, "none")
+            case "clear" if number % 3 == 0:
+                overlay.clear()
+                model.clear()
+            case "commit":
+                commit(overlay)
+                committed = dict(model)
+            case "drop":
+                overlay.drop()
+                model = dict(committed)
+        assert overlay[key] == model.get(key, 0)
+    require_same(overlay, model)
+
+
+def require_same(overlay: ObjectOverlay, model: dict[Any, Any]) -> None:
+    """Within the epoch, and then committed."""
+    for _ in range(2):
         assert overlay == model
         assert dict(overlay) == overlay.copy() == model
         assert (len(overlay), bool(overlay)) == (len(model), bool(model))
         assert sorted(map(repr, overlay.values())) == sorted(map(repr, model.values()))
         assert list(overlay) == [key for key, _ in overlay.items()] == list(overlay.keys())
         commit(overlay)
+    assert ObjectOverlay(overlay._store, overlay.table) == model
+
+
+def test_a_committed_value_is_read_from_the_store_once() -> None:
+    store = CountedStore()
+    old = ObjectOverlay(store, "totals")
+    old.update({"a": 1, "b": [2]})
+    commit(old)
+    rows = ObjectOverlay(store, "totals", int)
+    for epoch in range(3):
+        rows["a"] += 1
+        rows["b"].append(epoch)
+        commit(rows)
+    assert store.gets == 2
+    assert dict(rows) == {"a": 4, "b": [2, 0, 1, 2]}
+
+
+def test_a_new_key_of_a_table_that_is_all_in_memory_needs_no_store() -> None:
+    store = CountedStore()
+    rows = ObjectOverlay(store, "totals", int)
+    for key in (1, 2, 3):
+        rows[key] += 1
+        commit(rows)
+    assert (store.gets, dict(rows)) == (0, {1: 1, 2: 1, 3: 1})
+    del rows[1]
+    rows.drop()
+    assert rows[1] == 1, "the store is asked: the deletion did not come to a commit"
+
+
+def test_what_is_kept_of_a_table_is_bounded_by_bytes() -> None:
+    bound = 400 * ROW_BYTES
+    rows = table({n: n for n in range(1_000)}, default=int, kept_bytes_max=bound)
+    for n in range(1_000):
+        assert rows[n] == n
+        rows[n] += 1
+        if n % 100 == 99:
+            commit(rows)
+        assert (len(rows._kept.young) + len(rows._kept._old)) * ROW_BYTES <= bound
+    assert dict(rows) == {n: n + 1 for n in range(1_000)}
 
 
 def test_counting_reads_the_store_once_and_writes_one_change() -> None:

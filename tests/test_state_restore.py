@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamproc.avro.recordbatch import split_build
 from streamproc.core import limits
 from streamproc.core.batch import BUFFER_SLACK, Headers, RawBatch
 from streamproc.core.errors import InvariantBroken, LogLost, UserError
@@ -19,8 +20,9 @@ from streamproc.state import changelog
 from streamproc.state.changelog import ChangelogRow, Record
 from streamproc.state.contract import StoreMeta, Writes
 from streamproc.state.memory import MemoryStore
-from streamproc.state.overlay import Change, table_prefix
+from streamproc.state.overlay import Change, Changes, table_prefix
 from streamproc.state.restore import RestoreProgress, check_store, restore, why_wipe
+from streamproc.transport.contract import OutColumns, OutRecord
 
 DAY_MS = 24 * 3600 * 1000
 NOW_MS = 1_000 * DAY_MS
@@ -141,6 +143,20 @@ def test_records_are_read_as_they_were_written(written: list[tuple[Change, int]]
     ]
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.binary(max_size=5), changes, min_size=1, max_size=40), st.integers(0, (1 << 64) - 1))
+def test_columns_are_the_records_of_each_change(rows: dict[bytes, Change], epoch: int) -> None:
+    one_by_one = [change._replace(key=key) for key, change in sorted(rows.items())]
+    gone = {change.key: change.tombstone for change in one_by_one if change.tombstone is not None}
+    together = Changes([change.key for change in one_by_one], [change.value for change in one_by_one], gone)
+    assert together == one_by_one
+    assert [together[n] for n in range(len(together))] == one_by_one
+    records = OutColumns(changelog.columns(together, epoch, 5))
+    plain = [OutRecord(*changelog.record(change, epoch)) for change in one_by_one]
+    assert list(records) == [record._replace(timestamp_ms=5) for record in plain]
+    assert split_build(records, now_ms=0) == split_build(plain, now_ms=5)
+
+
 def test_record_format_is_final() -> None:
     assert changelog.record(Change(b"k", b"v"), 258) == (b"k", b"v", (("e", b"\0\0\0\0\0\0\1\2"),), None)
     tomb = changelog.record(Change(b"k", None, "expire"), 1)
@@ -170,6 +186,9 @@ def test_a_row_too_large_for_the_changelog_names_table_and_key() -> None:
     assert changelog.record(Change(b"", value), 1).value == value
     with pytest.raises(UserError, match=r"table carts is too large .* key b'user-1' holds 520,192 bytes"):
         changelog.record(Change(b"user-1", value), 1, table="carts")
+    together = Changes([value, b"user-0", b"user-1"], [None, value[:-6], value], {value: "delete"})
+    with pytest.raises(UserError, match=r"table carts is too large .* key b'user-1' holds 520,192 bytes"):
+        changelog.columns(together, 1, 0, table="carts")
 
 
 # ---- whether a store may go on

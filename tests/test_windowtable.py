@@ -21,7 +21,7 @@ from streamproc.core.types import END_OF_TIME, NO_WATERMARK
 from streamproc.eventtime.spec import EventTime, Tumbling
 from streamproc.eventtime.watermark import MinWatermark, SourceClock
 from streamproc.eventtime.windows import WindowState, assign, late_mask, window_ends
-from streamproc.operators import accumulators, aggregates
+from streamproc.operators import accumulators, aggregates, windowtable
 from streamproc.operators.accumulate import PartialAggregator, warm_up
 from streamproc.operators.partials import decode_partial, encode_group_key
 from streamproc.operators.plan import Agg, Filter, TablePlan, WithColumns
@@ -144,6 +144,8 @@ VALUES = st.fixed_dictionaries(
     }
 )
 RECORDS = st.lists(VALUES, max_size=25)
+SOME_AGGS = st.sampled_from([AGGS, {name: agg for name, agg in AGGS.items() if name != "min_t"}])
+"""Rows with a text are not kept in memory, others are."""
 
 
 @given(RECORDS, st.randoms(use_true_random=False))
@@ -171,12 +173,12 @@ def test_streaming_result_is_the_batch_result_however_it_is_cut_and_shuffled(
         assert found[key][STATE] == WindowState.FINAL
 
 
-@given(RECORDS, st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=30)
+@given(RECORDS, st.randoms(use_true_random=False), SOME_AGGS)
+@settings(deadline=None, max_examples=60)
 def test_stored_bytes_do_not_depend_on_where_batches_and_epochs_end(
-    records: list[dict[str, Any]], random_: random.Random
+    records: list[dict[str, Any]], random_: random.Random, aggs: dict[str, Agg]
 ) -> None:
-    straight, cut = Owner(plan()), Owner(plan())
+    straight, cut = Owner(plan(aggs)), Owner(plan(aggs))
     straight.apply(records)
     straight.commit()
     for payloads in _epochs(cut, records, random_):
@@ -188,12 +190,16 @@ def test_stored_bytes_do_not_depend_on_where_batches_and_epochs_end(
     }
 
 
-@given(RECORDS, RECORDS, RECORDS, st.integers(-30, 60))
-@settings(deadline=None, max_examples=30)
+@given(RECORDS, RECORDS, RECORDS, st.integers(-30, 60), SOME_AGGS)
+@settings(deadline=None, max_examples=40)
 def test_an_aborted_epoch_leaves_no_trace(
-    before: list[dict[str, Any]], aborted: list[dict[str, Any]], after: list[dict[str, Any]], watermark: int
+    before: list[dict[str, Any]],
+    aborted: list[dict[str, Any]],
+    after: list[dict[str, Any]],
+    watermark: int,
+    aggs: dict[str, Agg],
 ) -> None:
-    straight, shaken = Owner(plan(retain_ms=5)), Owner(plan(retain_ms=5))
+    straight, shaken = Owner(plan(aggs, retain_ms=5)), Owner(plan(aggs, retain_ms=5))
     for owner in (straight, shaken):
         owner.apply(before)
         owner.commit(-20)
@@ -477,6 +483,24 @@ def test_an_epoch_writes_only_what_is_new_of_a_set() -> None:
     chunks = {key: value for key, value in sorted(owner.state.rows.items()) if not is_row(key)}
     assert [len(value) // 16 for value in chunks.values()] == [4, 1]
     assert [row["u"] for row in owner.rows()] == [5]
+
+
+@pytest.mark.parametrize("bytes_max", [0, 700, 1 << 20])
+def test_rows_of_the_last_epochs_are_read_from_the_state_only_if_they_were_too_many_to_keep(
+    bytes_max: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windowtable, "TABLE_ROWS_CACHE_BYTES_MAX", bytes_max)
+    owner, read = Owner(plan({"n": Agg("count")})), Counter[str]()
+    get = owner.state.get
+    monkeypatch.setattr(
+        owner.state, "get", lambda key: (read.update([("new", "old")[key in owner.state.rows]]), get(key))[1]
+    )
+    for keys in ("ab", "abcdef", "a", "abcdef"):
+        owner.apply([one(1, key) for key in keys])
+        owner.commit()
+        assert owner.table._clean_bytes <= bytes_max
+    assert {row["s"]: row["n"] for row in owner.rows()} == {"a": 4, "b": 3, "c": 2, "d": 2, "e": 2, "f": 2}
+    assert read == {0: {"new": 6, "old": 9}, 700: {"new": 6, "old": 6}, 1 << 20: {"new": 6}}[bytes_max]
 
 
 def test_sets_that_do_not_fit_the_cache_are_read_back() -> None:

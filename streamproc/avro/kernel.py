@@ -16,7 +16,18 @@ from streamproc.avro.program import Op
 from streamproc.core.batch import I64, U8
 from streamproc.core.hash128 import compiled, load_u64
 
-__all__ = ["EMPTY", "NO_VALUE", "SHORT", "WRONG_MAGIC", "intern_spans", "pack_texts", "run", "split", "valid_utf8"]
+__all__ = [
+    "EMPTY",
+    "NO_VALUE",
+    "SHORT",
+    "WRONG_MAGIC",
+    "intern_spans",
+    "pack_moments",
+    "pack_texts",
+    "run",
+    "split",
+    "valid_utf8",
+]
 
 NO_VALUE: Final = -(1 << 40)
 """What `split` writes instead of a schema id: a null value, and below it the other ways of having none."""
@@ -403,3 +414,30 @@ def pack_texts(buffer: U8, spans: I64, valid: NDArray[np.bool_], packed: U8) -> 
         packed[at] = 0
         at += 1
     return at
+
+
+@compiled
+def pack_moments(times: I64, day: int, packed: U8) -> None:
+    """Times since 1970, ``day`` of them in a day and within the years 1 to 9999, as the ten bytes that a datetime is
+    made of (and pickled as): year, month, day, hour, minute, second, microsecond, big-endian.
+
+    Dates by Howard Hinnant's `civil_from_days`: years begin in March, so that the leap day is a year's last.
+    """
+    microseconds = np.int64(86_400_000_000) // day
+    for i in range(len(times)):
+        days = times[i] // day
+        rest = (times[i] - days * day) * microseconds
+        days += 719_468
+        era = days // 146_097
+        of_era = days - era * 146_097
+        year = (of_era - of_era // 1_460 + of_era // 36_524 - of_era // 146_096) // 365
+        of_year = of_era - (365 * year + year // 4 - year // 100)
+        march = (5 * of_year + 2) // 153
+        month = march + 3 if march < 10 else march - 9
+        year += era * 400 + (1 if month <= 2 else 0)
+        seconds, fraction = rest // 1_000_000, rest % 1_000_000
+        at = 10 * i
+        packed[at], packed[at + 1] = year >> 8, year & 0xFF
+        packed[at + 2], packed[at + 3] = month, of_year - (153 * march + 2) // 5 + 1
+        packed[at + 4], packed[at + 5], packed[at + 6] = seconds // 3_600, seconds // 60 % 60, seconds % 60
+        packed[at + 7], packed[at + 8], packed[at + 9] = fraction >> 16, fraction >> 8 & 0xFF, fraction & 0xFF

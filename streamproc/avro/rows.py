@@ -6,9 +6,10 @@ text, decimals `Decimal`, nested records Structs, arrays lists and maps dicts.
 
 from __future__ import annotations
 
-from datetime import UTC, date, datetime
+from collections.abc import Callable
+from datetime import UTC, date, datetime, tzinfo
 from itertools import repeat
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from streamproc.avro.columns import ColumnType, Mask, column_type, is_flat, read_bytes, read_texts
 from streamproc.avro.encode import Encoder
 from streamproc.avro.faults import Fault, Malformed, describe
+from streamproc.avro.kernel import pack_moments
 from streamproc.avro.reading import BadRecord, Group, RawColumn, Reading
 from streamproc.avro.registry import Registry
 from streamproc.avro.schema import MISSING, Field, Primitive, Record, Schema
@@ -28,6 +30,8 @@ __all__ = ["Encoder", "RowDecoder", "struct_class"]
 _EPOCH_DAY: Final = date(1970, 1, 1).toordinal()
 _DAYS: Final = (date.min.toordinal() - _EPOCH_DAY, date.max.toordinal() - _EPOCH_DAY)
 _DAY_MS: Final = 86_400_000
+_again = cast(Callable[[bytes, tzinfo], datetime], datetime)
+"""A datetime of its ten bytes, as a pickled one is made again: a quarter of what any other way costs."""
 
 
 _UNITS: Final = {
@@ -38,8 +42,6 @@ _UNITS: Final = {
     "local-timestamp-micros": ("us", _DAY_MS * 1000),
 }
 """numpy's name of a time's unit, and how many make a day."""
-_EXACT_S: Final = float(1 << 32)
-"""Seconds below this, as a float64, are exact to less than half a microsecond."""
 
 
 def struct_class(record: Record) -> type[msgspec.Struct]:
@@ -153,10 +155,9 @@ def _times(raw: I64, logical: str) -> list[Any]:
     """Dates and times of integers that are not `_outside`."""
     unit, day = _UNITS[logical]
     if logical.startswith("timestamp"):
-        seconds = raw / (day / 86_400)
-        if (np.abs(seconds) < _EXACT_S).all():
-            return list(map(datetime.fromtimestamp, seconds.tolist(), repeat(UTC)))
-        return [moment.replace(tzinfo=UTC) for moment in raw.astype(f"datetime64[{unit}]").tolist()]
+        packed = np.empty(10 * len(raw), np.uint8)
+        pack_moments(np.ascontiguousarray(raw), day, packed)
+        return list(map(_again, packed.view("V10").tolist(), repeat(UTC)))
     times: list[Any] = raw.astype(f"datetime64[{unit}]").tolist()
     return times
 

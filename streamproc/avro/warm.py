@@ -15,7 +15,14 @@ from streamproc.core.types import Offset, TopicPartition
 
 __all__ = ["warm_up"]
 
-_SCHEMA = {"type": "record", "name": "Warm", "fields": [{"name": "text", "type": "string"}]}
+_SCHEMA = {
+    "type": "record",
+    "name": "Warm",
+    "fields": [
+        {"name": "text", "type": "string"},
+        {"name": "at", "type": {"type": "long", "logicalType": "timestamp-millis"}},
+    ],
+}
 
 
 class _One:
@@ -36,7 +43,7 @@ class _One:
 def warm_up() -> None:
     """Blocks for some seconds when nothing is cached, else for some tenths; may run in a thread. Idempotent."""
     schema = parse_schema(_SCHEMA, source="warm-up")
-    value = np.frombuffer(bytearray(frame(0, b"\x02a") + bytes(BUFFER_SLACK)), np.uint8)
+    value = np.frombuffer(bytearray(frame(0, b"\x02a\x00") + bytes(BUFFER_SLACK)), np.uint8)
     one, none = np.zeros(1, np.int64), np.full(1, -1, np.int64)
     length = np.full(1, len(value) - BUFFER_SLACK, np.int64)
     batch = RawBatch(

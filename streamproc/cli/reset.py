@@ -96,7 +96,8 @@ async def _reset(app: App, table: str | None, sink_rows: bool, yes: bool) -> Non
 
 def _all(app: App, groups: Sequence[Group]) -> Loss:
     specs = [spec.name for spec in internal_topics(groups)]
-    kept = [name for name in specs if not name.startswith(f"{app.conf.id}-")]
+    outputs = {name for group in groups for name in group.outputs}
+    kept = [name for name in specs if name in outputs or not name.startswith(f"{app.conf.id}-")]
     with_tables_first = sorted(groups, key=lambda group: (group.table is None, not group.plan.tables))
     commits = [group.plan.commits_topic for group in with_tables_first]
     changelogs = [table.changelog for group in groups for table in group.plan.tables]

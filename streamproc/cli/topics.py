@@ -66,6 +66,8 @@ def _kind(topic: str, groups: Sequence[Group]) -> str:
             return "changelog"
         if topic in group.side_topics:
             return "side output"
+        if topic in group.outputs:
+            return "output"
     return "repartition"
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from streamproc.core.types import Offset, TopicPartition
 
-__all__ = ["BUFFER_SLACK", "I64", "U8", "Headers", "RawBatch"]
+__all__ = ["BUFFER_SLACK", "I64", "U8", "Headers", "RawBatch", "headers_of"]
 
 I64: TypeAlias = NDArray[np.int64]
 U8: TypeAlias = NDArray[np.uint8]
@@ -55,17 +55,7 @@ class RawBatch:
 
     def headers(self, row: int) -> Headers:
         """Decoded on demand: few records are ever asked for theirs."""
-        at = int(self.headers_start[row])
-        data = self.buffer[at : int(self.headers_end[row])].tobytes()
-        count, at = _varint(data, 0)
-        found: list[tuple[str, bytes | None]] = []
-        for _ in range(count):
-            size, at = _varint(data, at)
-            name = data[at : at + size].decode("utf-8", "replace")
-            size, at = _varint(data, at + size)
-            found.append((name, data[at : at + size] if size >= 0 else None))
-            at += max(size, 0)
-        return tuple(found)
+        return headers_of(self.buffer[int(self.headers_start[row]) : int(self.headers_end[row])].tobytes())
 
     def rows(self, lo: int, hi: int) -> RawBatch:
         """Records ``lo`` to ``hi`` (exclusive) of this batch, sharing its buffer."""
@@ -79,6 +69,19 @@ class RawBatch:
 
     def _span(self, start: int, length: int) -> bytes | None:
         return None if length < 0 else self.buffer[start : start + length].tobytes()
+
+
+def headers_of(data: bytes) -> Headers:
+    """The headers of one record, out of their bytes: a count, then names and values."""
+    count, at = _varint(data, 0)
+    found: list[tuple[str, bytes | None]] = []
+    for _ in range(count):
+        size, at = _varint(data, at)
+        name = data[at : at + size].decode("utf-8", "replace")
+        size, at = _varint(data, at + size)
+        found.append((name, data[at : at + size] if size >= 0 else None))
+        at += max(size, 0)
+    return tuple(found)
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

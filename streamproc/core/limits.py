@@ -6,7 +6,7 @@ from typing import Final
 
 INTERNAL_BATCH_BYTES_MAX: Final = 512 * 1024
 """A record batch that we produce stays below this (half a broker's default limit of 1 MiB)."""
-FETCH_PARTITION_BYTES_MAX: Final = 1 << 20
+FETCH_PARTITION_BYTES_MAX: Final = 2 << 20
 """Asked of a broker per partition and fetch; a larger single record still comes whole."""
 FETCH_WAIT_MS_MAX: Final = 200
 """How long a broker may hold a fetch open when it has nothing."""
@@ -43,6 +43,8 @@ TASK_INBOX_BYTES_MAX: Final = 16 << 20
 """Fetched bytes that wait for one task; beyond it the source is paused until half of it is worked off."""
 REFUSED_EPOCHS_MAX: Final = 3
 """How often in a row the broker may refuse a task's epoch before the worker stops and says why."""
+EARLY_COMMITS_MAX: Final = 4
+"""Commits of one table's owner within one interval that do not wait for its end: its upstream tasks commit one by one."""
 TASK_RESTART_S_MAX: Final = 5.0
 """Longest pause between two starts of a failing task."""
 SINK_CLOSE_S: Final = 3.0
@@ -87,6 +89,8 @@ STORE_CACHE_BYTES: Final = 64 << 20
 """Blocks of RocksDB held in memory, shared by all tasks of a worker."""
 STORE_OPEN_FILES_MAX: Final = 256
 """Table files that one task's RocksDB keeps open."""
+TABLE_KEPT_BYTES_MAX: Final = 128 << 20
+"""Committed values of an app's tables that a worker holds in memory, in equal shares for every table and partition."""
 RESTORE_WRITE_BYTES_MAX: Final = 4 << 20
 """Changelog rows of one WriteBatch while restoring; a crash repeats at most this much."""
 CHANGELOG_RECORD_BYTES_MAX: Final = INTERNAL_BATCH_BYTES_MAX - 4_096
@@ -115,6 +119,8 @@ BARRIER_TIMEOUTS_MAX: Final = 3
 """How often in a row an agent may hold up a commit before the worker stops and names its line."""
 DISTINCT_CACHE_BYTES_MAX: Final = 256 << 20
 """Sets of distinct values that one table keeps in memory per task; a set that is not there is read from the store."""
+TABLE_ROWS_CACHE_BYTES_MAX: Final = 32 << 20
+"""Decoded rows of earlier epochs that one table of a pipeline keeps in memory per task; others are read from the store."""
 DISTINCT_CHUNK_BYTES_MAX: Final = 256 * 1024
 """One stored chunk of a set of distinct values: a record well below `INTERNAL_BATCH_BYTES_MAX`."""
 REASONS_COUNTED_MAX: Final = 100

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
-__all__ = ["EventTime", "Tumbling"]
+__all__ = ["EARLIEST_MS", "FOREVER", "LATEST_MS", "EventTime", "Tumbling"]
+
+EARLIEST_MS: Final = -62_135_596_800_000
+LATEST_MS: Final = 253_402_300_799_999
+"""Years 1 to 9999: what every sink can hold."""
 
 
 @dataclass(frozen=True)
@@ -29,3 +33,7 @@ class Tumbling:
 
     size_ms: int
     offset_ms: int = 0
+
+
+FOREVER: Final = Tumbling(LATEST_MS - EARLIEST_MS, EARLIEST_MS % (LATEST_MS - EARLIEST_MS))
+"""The one window that holds every event time there may be: of a table without windows."""

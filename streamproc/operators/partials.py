@@ -17,6 +17,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -42,6 +43,7 @@ __all__ = [
     "fixed_column",
     "group_key_columns",
     "int64_column",
+    "physical_of",
     "texts_column",
 ]
 
@@ -77,7 +79,7 @@ def encode_group_keys(frame: pl.DataFrame, rows: int) -> list[bytes]:
     """`encode_group_key` of ``rows`` rows; the columns are the keys in order. (A frame without columns has no rows.)"""
     if not frame.width:
         return [_encoder.encode([])] * rows
-    physical = [column.to_physical().to_list() for column in frame.get_columns()]
+    physical = [column.cast(physical_of(column.dtype)).to_list() for column in frame.get_columns()]
     return [_encoder.encode(row) for row in zip(*physical, strict=True)]
 
 
@@ -86,9 +88,14 @@ def group_key_columns(data: Sequence[bytes], keys: Mapping[str, pl.DataType]) ->
     rows = [_decode_key(key) for key in data]
     columns = []
     for at, (name, dtype) in enumerate(keys.items()):
-        physical = pl.Series(dtype=dtype).to_physical().dtype
-        columns.append(pl.Series(name, [row[at] for row in rows], dtype=physical).cast(dtype))
+        columns.append(pl.Series(name, [row[at] for row in rows], dtype=physical_of(dtype)).cast(dtype))
     return columns
+
+
+@lru_cache(maxsize=256)
+def physical_of(dtype: pl.DataType) -> pl.DataType:
+    """What Polars keeps values of ``dtype`` as."""
+    return pl.Series(dtype=dtype).to_physical().dtype
 
 
 class Column(NamedTuple):

@@ -3,9 +3,11 @@
 Every step gives a new object, so that a pipeline can fork: what two tables share is declared, and run, once. Nothing
 is checked against the schema before `compile`, which judges the whole and names the user's line.
 
-    Declaration ──▶ Pipeline ──▶ Grouped ──▶ Windowed ──▶ Aggregated ──▶ TableHandle
-                     │    ▲ expect, dedupe,    filter, with_columns │ ▲        sink, late.to
-                     └────┘ filter, with_columns                    └─┘
+                        to
+                     ┌──────▶ a topic       ┌───────────────┐
+    Declaration ──▶ Pipeline ──▶ Grouped ───┴▶ Windowed ────┴▶ Aggregated ──▶ TableHandle
+                     │    ▲ expect, dedupe,           filter, with_columns │ ▲        sink, late.to
+                     └────┘ filter, with_columns                           └─┘
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, Protocol, TypeAlias, get_args
+from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
 
 import polars as pl
 
 from streamproc.core.durations import Duration, milliseconds
 from streamproc.core.errors import UserError, invariant
-from streamproc.eventtime.spec import EventTime, Tumbling
+from streamproc.eventtime.spec import FOREVER, EventTime, Tumbling
 from streamproc.operators.aggregates import check_plan, result_columns
 from streamproc.operators.expressions import RowExpr, check, guarded, require_columns
 from streamproc.operators.plan import Agg, Dedupe, Expect, Filter, Node, SourcePlan, Step, TablePlan, WithColumns
@@ -33,6 +35,7 @@ __all__ = [
     "Emit",
     "Grouped",
     "LateOutput",
+    "Output",
     "Pipeline",
     "SinkLike",
     "Source",
@@ -111,6 +114,7 @@ class Declaration:
 
     sources: list[Source] = field(default_factory=list)
     tables: list[TableHandle] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
 
     def pipeline(
         self, name: str, *, topic: str, columns: Columns, event_time: EventTime | None, schema: Any = None
@@ -214,6 +218,50 @@ class Pipeline:
         where = caller()
         return Grouped(self, _columns(key, more, "group_by", where), where)
 
+    def to(self, topic: str | TopicLike) -> None:
+        """Send the records that come out here on to ``topic``, in the epoch's transaction: key, value, headers and timestamp as
+        they came, in the partition of the same number (so the topic has as many as the source, and is made so if it is
+        missing) and in the same order. The value's schema is the one it was written with."""
+        where = caller()
+        name = _topic_name(topic, "topic to write to", where)
+        if name == self.source.topic:
+            raise UserError(
+                f"Records of {name!r} would go back to their own source.", remedy="Choose another topic.", where=where
+            )
+        schema = getattr(topic, "value_schema", None)
+        if schema is not None and schema.parsed != self.source.schema.parsed:
+            raise UserError(
+                f"Topic {name!r} is declared with {schema.source}, but the records of {self.source.topic!r} are written to "
+                f"it as they came, with {self.source.schema.source}.",
+                remedy="Declare it with the same schema; to write other values, send them from an agent.",
+                where=where,
+            )
+        if idle := self._read_by_nobody():
+            raise UserError(
+                f"Column {idle!r} would get lost: records are written to {name!r} as they came.",
+                remedy="Leave it out, or send the records from an agent.",
+                where=where,
+            )
+        outputs = self.source.declaration.outputs
+        if any(other.stream is self and other.topic == name for other in outputs):
+            raise UserError(f"These records go to {name!r} already.", remedy="Leave one of them out.", where=where)
+        outputs.append(Output(name, self))
+
+    def _read_by_nobody(self) -> str | None:
+        """A derived column that no step behind it reads."""
+        read: set[str] = set()
+        for pipe in reversed(self.path()):
+            match pipe.step:
+                case WithColumns(columns):
+                    if unread := [name for name in columns if name not in read]:
+                        return unread[0]
+                    read.update(name for expr in columns.values() for name in expr.meta.root_names())
+                case Filter(predicate):
+                    read.update(predicate.meta.root_names())
+                case Dedupe(columns=key):
+                    read.update(key)
+        return None
+
     def _then(self, step: Step) -> Pipeline:
         return Pipeline(self.source, step, self)
 
@@ -224,6 +272,14 @@ class Pipeline:
 
     def _steps(self) -> Iterator[Step]:
         return (pipe.step for pipe in self.path() if pipe.step is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """Records of a pipeline that go on to a topic."""
+
+    topic: str
+    stream: Pipeline
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,11 +299,10 @@ class Grouped:
         lateness_ms = _span(allowed_lateness, setting="allowed_lateness", where=where)
         return Windowed(self, window, lateness_ms, _span(retain, setting="retain", where=where), where)
 
-    def agg(self, **aggs: Agg) -> NoReturn:
-        """Always a `UserError`: a table needs its window first."""
-        raise UserError(
-            "group_by has no window.", remedy='Write group_by(...).window(sp.tumbling("1h")).agg(...).', where=caller()
-        )
+    def agg(self, **aggs: Agg) -> Aggregated:
+        """One row a key, for ever: the one window, `FOREVER`, is that of all time. It never closes, so nothing is late for it
+        and nothing leaves it."""
+        return Windowed(self, FOREVER, 0, 0, caller()).agg(**aggs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -346,6 +401,12 @@ class TableHandle:
             raise UserError(
                 f"emit={emit!r} is not known.", remedy=f"Use one of {', '.join(get_args(Emit))}.", where=where
             )
+        if self.rows.windowed.window == FOREVER and emit != "on_update" and not self.stream.source.event_time.bounded:
+            raise UserError(
+                f"emit={emit!r} would send nothing: table {self.name!r} has no window that closes.",
+                remedy='Use emit="on_update", or give the table a window.',
+                where=where,
+            )
         for sink in sinks:
             if any(other.name == sink.name for other, _ in self.sinks):
                 raise UserError(
@@ -368,8 +429,7 @@ class LateOutput:
     def to(self, topic: str | TopicLike) -> None:
         """Send the table's late records to ``topic``."""
         where = caller()
-        name = topic if isinstance(topic, str) else topic.get_topic_name()
-        _require_topic_name(name, "late topic", where)
+        name = _topic_name(topic, "late topic", where)
         if name == self._table.stream.source.topic:
             raise UserError(
                 f"Late records of {self._table.name!r} would go back to their own source {name!r}.",
@@ -385,6 +445,13 @@ def caller() -> str:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _topic_name(topic: str | TopicLike, what: str, where: str) -> str:
+    """The name of a topic that is written to."""
+    name = topic if isinstance(topic, str) else topic.get_topic_name()
+    _require_topic_name(name, what, where)
+    return name
 
 
 def _require_topic_name(name: object, what: str, where: str | None) -> None:
@@ -451,14 +518,14 @@ def compile(declaration: Declaration, partitions: Mapping[str, int], app_id: str
     """Check everything that was declared and return a plan for each pipeline; sets each table's ``plan``.
 
     ``partitions`` says how many every topic has that a pipeline reads; a table has as many as its source. Called once,
-    before any record is read. Raises `UserError` at the first thing that cannot work. Steps that lead to no table are
-    left out.
+    before any record is read. Raises `UserError` at the first thing that cannot work. Steps that lead
+    nowhere are left out.
     """
     return [_Compiler(source, partitions, app_id).plan() for source in declaration.sources]
 
 
 class _Compiler:
-    """Checks one pipeline from its source to its tables, each shared step once."""
+    """Checks one pipeline from its source to its tables and topics, each shared step once."""
 
     def __init__(self, source: Source, partitions: Mapping[str, int], app_id: str) -> None:
         self._source, self._app_id = source, app_id
@@ -477,10 +544,11 @@ class _Compiler:
         source = self._source
         self._check_event_time()
         tables = [table for table in source.declaration.tables if table.stream.source is source]
-        if not tables:
+        outputs = [output for output in source.declaration.outputs if output.stream.source is source]
+        if not tables and not outputs:
             raise UserError(
-                f"Pipeline {source.name!r} leads to no table.",
-                remedy='End it with group_by(...).window(...).agg(...).table("name"), or remove it.',
+                f"Pipeline {source.name!r} leads to no table and no topic.",
+                remedy='End it with group_by(...).window(...).agg(...).table("name") or to("topic"), or remove it.',
                 where=source.where,
             )
         root = Node(None)
@@ -488,6 +556,9 @@ class _Compiler:
             node, columns = self._walk(root, table.stream)
             table.compiled = self._table(table, columns)
             node.tables.append(table.compiled)
+        for output in outputs:
+            node, _ = self._walk(root, output.stream)
+            node.outputs.append(output.topic)
         _require_expectations_first(root)
         dead = f"{self._app_id}-{source.name}-dead-letters"
         _require_topic_name(dead, "dead letter topic (app id and pipeline name)", source.where)
@@ -602,7 +673,7 @@ def _require_expectations_first(root: Node) -> None:
     """Expectations decide which records move the watermark, so all branches must share them."""
     node = root
     while any(isinstance(child.step, Expect) for child in node.children):
-        if len(node.children) > 1 or node.tables:
+        if len(node.children) > 1 or node.tables or node.outputs:
             step = next(child.step for child in node.children if isinstance(child.step, Expect))
             raise UserError(
                 "The pipeline forks before this expect, and its branches would disagree about event time.",

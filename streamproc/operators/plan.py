@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -86,6 +86,24 @@ class Node:
     step: Step | None
     children: list[Node] = field(default_factory=list)
     tables: list[TablePlan] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    """Topics that records go on to from here, as they came."""
+
+    def nodes(self) -> Iterator[Node]:
+        """This one and all behind it."""
+        yield self
+        for child in self.children:
+            yield from child.nodes()
+
+    def late_topics(self, own: str) -> list[str]:
+        """Where late records of this node and all behind it go, each topic once: ``own`` is the pipeline's, for records that
+        are too old for a dedupe step on their way to an output."""
+        found: dict[str, None] = {}
+        for node in self.nodes():
+            found.update((table.late_topic, None) for table in node.tables)
+            if node.outputs:
+                found[own] = None
+        return list(found)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ no watermark. Nothing here depends on where a batch ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol, TypeAlias
@@ -19,17 +19,20 @@ import numpy as np
 import polars as pl
 
 from streamproc.avro.decode import ROW, Decoded, Use, hash_names
+from streamproc.avro.recordbatch import Columns
 from streamproc.core.batch import I64, RawBatch
 from streamproc.core.errors import invariant
 from streamproc.core.hash128 import Hashes, combine, hash_series
 from streamproc.core.limits import REASONS_COUNTED_MAX, TABLE_TEXT_BYTES_MAX
-from streamproc.eventtime.spec import EventTime
+from streamproc.eventtime.spec import EARLIEST_MS, LATEST_MS, EventTime
 from streamproc.eventtime.watermark import SourceClock
 from streamproc.eventtime.windows import assign, late_mask, window_ends
 from streamproc.operators.accumulate import PartialAggregator
 from streamproc.operators.contract import KeyedState, Partial, SideRecord, WatermarkState
 from streamproc.operators.dedupe import DUPLICATE, PASS, TOO_OLD, DedupeOperator
 from streamproc.operators.expressions import Mask, RowExpr, check, evaluate
+from streamproc.operators.forward import Forward
+from streamproc.operators.partials import physical_of
 from streamproc.operators.plan import Dedupe, Expect, Filter, Node, SourcePlan, TablePlan, WithColumns
 from streamproc.operators.side import side_record
 
@@ -39,9 +42,6 @@ TIME: Final = "__time"
 BEFORE: Final = "__watermark"
 """The watermark before the record."""
 
-_EARLIEST_MS: Final = -62_135_596_800_000
-_LATEST_MS: Final = 253_402_300_799_999
-"""Years 1 to 9999: what every sink can hold."""
 _SIDE_OVERHEAD_BYTES: Final = 512
 _Kind: TypeAlias = Literal["dead", "late"]
 _Ours: TypeAlias = tuple[tuple[str, bytes], ...]
@@ -103,6 +103,8 @@ class Collected:
     """Dead letters and late records, in offset order."""
     counts: Counters
     """Of this epoch."""
+    forwarded: dict[str, Columns] = field(default_factory=dict)
+    """By topic: records that go on as they came, in offset order."""
 
 
 def projection(plan: SourcePlan) -> dict[str, Use]:
@@ -116,7 +118,7 @@ def projection(plan: SourcePlan) -> dict[str, Use]:
                 uses[name] = uses[name] | use if name in uses else use
 
     counted: set[str] = set()
-    for node in _nodes(plan.root):
+    for node in plan.root.nodes():
         match node.step:
             case Expect(rules=exprs) | WithColumns(columns=exprs):
                 for expr in exprs.values():
@@ -163,6 +165,7 @@ class SourceProgram:
         self._committed = Counters()
         self._dedupes: list[DedupeOperator] = []
         self._tables: dict[str, Aggregator] = {}
+        self._forwards: dict[str, Forward] = {}
         self._rules: list[tuple[str, RowExpr]] = []
         columns = dict(plan.columns)
         root = plan.root
@@ -173,6 +176,7 @@ class SourceProgram:
             None,
             [self._branch(child, columns, dedupe_state, make_aggregator) for child in root.children],
             [self._window(table, make_aggregator) for table in root.tables],
+            [self._forward(topic) for topic in root.outputs],
         )
 
     def process(self, batch: RawBatch) -> None:
@@ -205,7 +209,9 @@ class SourceProgram:
         }
         side, counts = self._side.take()
         self._committed.add(counts)
-        return Collected(partials, side, counts)
+        taken = ((topic, forward.take()) for topic, forward in self._forwards.items())
+        forwarded = {topic: columns for topic, columns in taken if columns is not None}
+        return Collected(partials, side, counts, forwarded)
 
     def abort(self, state: WatermarkState | None) -> None:
         """Forget everything since the last `collect`; the clock goes back to ``state``. The overlays of the dedupe
@@ -214,6 +220,8 @@ class SourceProgram:
         self._clock.reset(state)
         for table in self._tables.values():
             table.drop()
+        for forward in self._forwards.values():
+            forward.drop()
         for dedupe in self._dedupes:
             dedupe.abort()
 
@@ -232,8 +240,10 @@ class SourceProgram:
 
     @property
     def size_bytes(self) -> int:
-        """Memory that the open epoch holds: side records, dedupe ids and partial aggregates."""
-        held: list[Aggregator | DedupeOperator] = [*self._tables.values(), *self._dedupes]
+        """Memory that the open epoch holds: side records, dedupe ids, partial aggregates and what goes on to topics."""
+        held: list[Aggregator | DedupeOperator | Forward] = [
+            *self._tables.values(), *self._dedupes, *self._forwards.values(),
+        ]  # fmt: skip
         return self._side.size_bytes + sum(one.size_bytes for one in held)
 
     # --- a program from the plan's tree
@@ -257,15 +267,20 @@ class SourceProgram:
                 operator = DedupeOperator(step, states[step.name])
                 operator.restore()
                 self._dedupes.append(operator)
-                run = _DedupeStep(step, operator, _late_topics(node))
+                run = _DedupeStep(step, operator, node.late_topics(self._plan.late_topic))
             case _:
                 invariant(False, f"{step!r} cannot stand here in a plan.")
         children = [self._branch(child, columns, states, make) for child in node.children]
-        return _Branch(run, children, [self._window(table, make) for table in node.tables])
+        tables = [self._window(table, make) for table in node.tables]
+        return _Branch(run, children, tables, [self._forward(topic) for topic in node.outputs])
 
     def _window(self, table: TablePlan, make: Callable[[TablePlan], Aggregator]) -> _WindowStep:
         self._tables[table.name] = make(table)
         return _WindowStep(table, self._tables[table.name])
+
+    def _forward(self, topic: str) -> Forward:
+        """One for each topic, however many branches lead to it."""
+        return self._forwards.setdefault(topic, Forward())
 
     # --- what comes before the tree
 
@@ -288,31 +303,32 @@ class SourceProgram:
             return frame
         spec, column = self._plan.event_time, frame[self._plan.event_time.column]
         times, faults = _event_times(column, spec, self._side.timestamps(frame))
+        if int(times.min()) < self._earliest_ms or int(times.max()) > self._latest_ms:
+            outside = (times < self._earliest_ms) | (times > self._latest_ms)
+            faults.append((f'the window of event time "{spec.column}" is not within the years 1 to 9999', outside))
         bad = np.zeros(frame.height, np.bool_)
-        outside = (times < self._earliest_ms) | (times > self._latest_ms)
-        faults.append((f'the window of event time "{spec.column}" is not within the years 1 to 9999', outside))
         for reason, fault in faults:
             self._side.dead_rows(frame, fault & ~bad, reason)
             bad |= fault
-        if bad.any():
+        if faults:
             frame, times = _keep(frame, ~bad), times[~bad]
-        return frame.with_columns(pl.Series(TIME, times), pl.Series(BEFORE, self._clock.observe(times)))
+        return frame.hstack([pl.Series(TIME, times), pl.Series(BEFORE, self._clock.observe(times))])
 
 
 def _held_times(plan: SourcePlan) -> tuple[int, int]:
     """The first and the last event time whose windows, in all tables, begin and end within what every sink can hold."""
-    earliest, latest = _EARLIEST_MS, _LATEST_MS
-    for table in (table for node in _nodes(plan.root) for table in node.tables):
+    earliest, latest = EARLIEST_MS, LATEST_MS
+    for table in (table for node in plan.root.nodes() for table in node.tables):
         size, offset = table.window.size_ms, table.window.offset_ms
-        earliest = max(earliest, _EARLIEST_MS + (offset - _EARLIEST_MS) % size)
-        latest = min(latest, _LATEST_MS - (_LATEST_MS - offset) % size - 1)
+        earliest = max(earliest, EARLIEST_MS + (offset - EARLIEST_MS) % size)
+        latest = min(latest, LATEST_MS - (LATEST_MS - offset) % size - 1)
     return earliest, latest
 
 
 def _event_times(column: pl.Series, spec: EventTime, record_times: I64) -> tuple[I64, list[tuple[str, Mask]]]:
-    """Event times in ms (anything where there is none) and, per reason, the records that have no usable one."""
+    """Event times in ms (anything where there is none) and, for each reason met, the records that have no usable one."""
     what = f'event time "{spec.column}"'
-    faults = [(f"{what} is missing", column.is_null().to_numpy())]
+    faults = [(f"{what} is missing", column.is_null().to_numpy())] if column.null_count() else []
     if column.dtype.is_float():
         faults.append((f"{what} is not a number", (~column.is_finite()).fill_null(False).to_numpy()))
         # Far outside the years that count, and inside int64.
@@ -322,12 +338,19 @@ def _event_times(column: pl.Series, spec: EventTime, record_times: I64) -> tuple
         divisor = {"ms": 1, "us": 1_000, "ns": 1_000_000}[column.dtype.time_unit or "us"]
     elif column.dtype == pl.Date:
         factor = 86_400_000
-    whole = column.to_physical().cast(pl.Int64, strict=False).fill_null(0).to_numpy()
-    times = whole // divisor * factor
-    faults.append((f"{what} is not within the years 1 to 9999", (times < _EARLIEST_MS) | (times > _LATEST_MS)))
-    ahead = f"{what} is more than {spec.max_ahead_ms} ms ahead of the record's timestamp"
-    faults.append((ahead, times - spec.max_ahead_ms > record_times))
-    return times, faults
+    whole = column.cast(physical_of(column.dtype)).cast(pl.Int64, strict=False)
+    times = (whole.fill_null(0) if whole.null_count() else whole).to_numpy()
+    if divisor != 1:
+        times = times // divisor
+    if factor != 1:
+        times = times * factor
+    wild = (times < EARLIEST_MS) | (times > LATEST_MS)
+    ahead = times - spec.max_ahead_ms > record_times
+    reasons = (
+        (f"{what} is not within the years 1 to 9999", wild),
+        (f"{what} is more than {spec.max_ahead_ms} ms ahead of the record's timestamp", ahead),
+    )
+    return times, faults + [(reason, fault) for reason, fault in reasons if fault.any()]
 
 
 class _Side:
@@ -340,13 +363,13 @@ class _Side:
         self.size_bytes = 0
 
     def begin(self, batch: RawBatch) -> None:
-        self._batch = batch
+        self.batch = batch
         self.counts.records += len(batch)
 
     def timestamps(self, frame: pl.DataFrame) -> I64:
         """The records' own, by Kafka."""
-        times: I64 = self._batch.timestamps[frame[ROW].to_numpy()]
-        return times
+        times = self.batch.timestamps
+        return times if frame.height == len(times) else times[frame[ROW].to_numpy()]
 
     def dead_rows(self, frame: pl.DataFrame, mask: Mask, reason: str) -> None:
         if mask.any():
@@ -368,7 +391,7 @@ class _Side:
         return taken
 
     def _put(self, kind: _Kind, topic: str, row: int, reason: str, schema_id: int | None, more: _Ours) -> None:
-        record = side_record(kind, self._batch, row, topic, reason, schema_id, more)
+        record = side_record(kind, self.batch, row, topic, reason, schema_id, more)
         held = len(record.key or b"") + len(record.value or b"")
         held += sum(len(name) + len(data or b"") for name, data in record.headers)
         self.size_bytes += held + _SIDE_OVERHEAD_BYTES
@@ -385,6 +408,7 @@ class _Branch:
     step: _Step | None
     children: list[_Branch]
     tables: list[_WindowStep]
+    outputs: list[Forward]
 
     def run(self, frame: pl.DataFrame, side: _Side) -> None:
         if self.step is not None:
@@ -395,6 +419,8 @@ class _Branch:
             child.run(frame, side)
         for table in self.tables:
             table.run(frame, side)
+        for output in self.outputs:
+            output.add(side.batch, frame[ROW].to_numpy())
 
 
 @dataclass(frozen=True)
@@ -404,7 +430,7 @@ class _FilterStep:
     def run(self, frame: pl.DataFrame, side: _Side) -> pl.DataFrame:
         (value,) = evaluate(frame, [self.predicate])
         bad = _set_aside(frame, value.failed, value.overflow, "filter", side)
-        keep = value.value.fill_null(False).to_numpy()
+        keep = (value.value.fill_null(False) if value.value.null_count() else value.value).to_numpy()
         if bad is not None:
             keep = keep & ~bad
         side.counts.filtered += frame.height - int(keep.sum()) - (0 if bad is None else int(bad.sum()))
@@ -436,10 +462,12 @@ class _DedupeStep:
         null = np.zeros(frame.height, np.bool_)
         for name in self.step.columns:
             hashed, _ = hash_names(name)
-            missing = frame[hashed if hashed in frame.columns else name].is_null().to_numpy()
-            if self.step.nulls == "dead_letter":
-                side.dead_rows(frame, missing & ~null, f'null in dedupe key "{name}"')
-            null |= missing
+            column = frame[hashed if hashed in frame.columns else name]
+            if column.null_count():
+                missing = column.is_null().to_numpy()
+                if self.step.nulls == "dead_letter":
+                    side.dead_rows(frame, missing & ~null, f'null in dedupe key "{name}"')
+                null |= missing
         keyed = _keep(frame, ~null)
         hi, lo = combine([_hashes(keyed, name) for name in self.step.columns])
         verdicts = np.full(frame.height, PASS, np.uint8)
@@ -450,12 +478,13 @@ class _DedupeStep:
         return _keep(frame, goes_on if self.step.nulls == "pass" else goes_on & ~null)
 
     def _too_old(self, frame: pl.DataFrame, mask: Mask, side: _Side) -> None:
+        if not mask.any():
+            return
         rows = frame[ROW].to_numpy()[mask].tolist()
         for row in rows:
             for topic in self.late_topics:
                 side.late(row, topic, "too old to dedupe")
-        if rows:
-            side.counts.late[self.step.name] = side.counts.late.get(self.step.name, 0) + len(rows)
+        side.counts.late[self.step.name] = side.counts.late.get(self.step.name, 0) + len(rows)
 
 
 @dataclass(frozen=True)
@@ -532,7 +561,11 @@ def _judged(expr: pl.Expr, columns: Mapping[str, pl.DataType], where: str) -> Ro
 
 
 def _keep(frame: pl.DataFrame, mask: Mask) -> pl.DataFrame:
-    return frame if mask.all() else frame.filter(pl.Series(mask))
+    if mask.all():
+        return frame
+    kept = pl.Series(mask)
+    # Column by column: a frame's own filter goes through a query and its optimizer.
+    return pl.DataFrame([column.filter(kept) for column in frame.get_columns()])
 
 
 def _any(first: Mask | None, second: Mask | None, third: Mask | None, rows: int) -> Mask:
@@ -541,17 +574,6 @@ def _any(first: Mask | None, second: Mask | None, third: Mask | None, rows: int)
         if mask is not None:
             found |= mask
     return found
-
-
-def _nodes(root: Node) -> Iterator[Node]:
-    yield root
-    for child in root.children:
-        yield from _nodes(child)
-
-
-def _late_topics(node: Node) -> list[str]:
-    """Late topics of the tables behind ``node``, each once."""
-    return list(dict.fromkeys(table.late_topic for below in _nodes(node) for table in below.tables))
 
 
 def _text(number: int) -> bytes:

@@ -32,7 +32,13 @@ from streamproc.operators.accumulators import ordered_from
 from streamproc.operators.aggregates import check_plan, result_columns
 from streamproc.operators.expressions import select
 from streamproc.operators.kernels import INFINITE, NAN, NEGATIVE_INFINITE
-from streamproc.operators.partials import PartialRows, decode_group_key, encode_group_key, group_key_columns
+from streamproc.operators.partials import (
+    PartialRows,
+    decode_group_key,
+    encode_group_key,
+    group_key_columns,
+    physical_of,
+)
 from streamproc.operators.plan import Agg, Filter, TablePlan
 
 __all__ = [
@@ -58,6 +64,8 @@ EPOCH: Final = "__epoch"
 VISIBLE: Final = "__visible"
 _MOMENT = pl.Datetime("ms", "UTC")
 _HEAD = struct.Struct(">BBQ")
+_STATES: Final = tuple(WindowState)
+"""By their number: an enum's own look-up costs more than the rest of a row's head."""
 _UNIT: Final = 1 << 1074
 """Float sums count in the least float64 there is, 2^-1074."""
 
@@ -271,6 +279,8 @@ class RowLayout:
     def __init__(self, plan: TablePlan) -> None:
         self.cells = [cell_of(agg, plan.inputs.get(agg.column or "")) for agg in plan.aggs.values()]
         self._struct = struct.Struct(_HEAD.format + "".join(cell.fixed for cell in self.cells))
+        self.texts = any(isinstance(cell, _TextExtreme) for cell in self.cells)
+        """Whether a row may hold a text."""
 
     def fresh(self) -> Row:
         return Row(WindowState.OPEN, 0, [cell.empty for cell in self.cells])
@@ -285,11 +295,12 @@ class RowLayout:
         return self._struct.pack(*fields) + b"".join(tails)
 
     def decode(self, value: bytes) -> Row:
-        invariant(value[:1] == bytes([VERSION]), f"A row has version {value[:1].hex()}, not {VERSION}.")
         fields = iter(self._struct.unpack_from(value))
-        next(fields)
-        state, epoch, tail = WindowState(next(fields)), next(fields), _Tail(value, self._struct.size)
-        return Row(state, epoch, [cell.unpack(fields, tail) for cell in self.cells])
+        version, state, epoch = next(fields), next(fields), next(fields)
+        if version != VERSION:
+            invariant(False, f"A row has version {version}, not {VERSION}.")
+        tail = _Tail(value, self._struct.size)
+        return Row(_STATES[state], epoch, [cell.unpack(fields, tail) for cell in self.cells])
 
     @staticmethod
     def restamp(value: bytes, state: WindowState, epoch: int) -> bytes:
@@ -300,7 +311,7 @@ class RowLayout:
     def stamp(value: bytes) -> tuple[WindowState, int]:
         """State and epoch of a row."""
         _, state, epoch = _HEAD.unpack_from(value)
-        return WindowState(state), epoch
+        return _STATES[state], epoch
 
 
 class TableRows:
@@ -349,8 +360,7 @@ class TableRows:
             values = [cell.result(row.values[at]) for row in rows]
             if isinstance(cell, _Whole) and dtype == pl.Int64:
                 self._check_sums(name, keys, values)
-            physical = pl.Series(dtype=dtype).to_physical().dtype
-            columns.append(pl.Series(name, values, dtype=physical).cast(dtype))
+            columns.append(pl.Series(name, values, dtype=physical_of(dtype)).cast(dtype))
         columns.append(pl.Series(STATE, [int(row.state) for row in rows], dtype=pl.UInt8))
         columns.append(pl.Series(EPOCH, [row.epoch for row in rows], dtype=pl.Int64))
         return pl.DataFrame(columns)

@@ -11,7 +11,7 @@ import polars as pl
 
 from streamproc.core.batch import Headers
 from streamproc.core.errors import invariant
-from streamproc.core.limits import DISTINCT_CACHE_BYTES_MAX
+from streamproc.core.limits import DISTINCT_CACHE_BYTES_MAX, TABLE_ROWS_CACHE_BYTES_MAX
 from streamproc.eventtime.windows import WindowState, expires, is_late, state_at, window_end
 from streamproc.operators.contract import KeyedState, PartialHeader
 from streamproc.operators.distinct import DistinctSets
@@ -32,6 +32,10 @@ __all__ = ["LateAggregate", "WindowTable", "result_shape"]
 
 _SKIP_AFTER: Final = 500
 """Rows of one window after which `WindowTable.restore` seeks the next window; below it reading on is cheaper."""
+
+
+_ROW_BYTES: Final = 128
+"""More than a decoded row takes beside its key and its values, and more than one value takes that is no text."""
 
 
 class LateAggregate(NamedTuple):
@@ -85,6 +89,10 @@ class WindowTable:
         self._sets = DistinctSets(state, cache_bytes_max)
         self._dirty: dict[bytes, Row] = {}
         self._dirty_bytes = 0
+        self._clean: dict[bytes, Row] = {}
+        """Rows of earlier epochs as the state has them, decoded: what changes in one epoch often does in the next."""
+        self._clean_bytes = 0
+        self._row_bytes = _ROW_BYTES * (1 + len(self._layout.cells))
         self._live: dict[int, WindowState] = {}
         self._final: list[int] = []
         self._moved: set[int] = set()
@@ -110,9 +118,10 @@ class WindowTable:
         for start in set(starts) - late:
             self._live.setdefault(start, WindowState.OPEN)
         values = zip(*self._load(rows), strict=True) if self._layout.cells else iter([()] * len(rows))
+        prefixes = {start: window_prefix(start) for start in set(starts) - late}
         for start, key, row in zip(starts, keys, values, strict=True):
-            if start not in late:
-                self._merge(start, key, row)
+            if start in prefixes:
+                self._merge(prefixes[start], key, row)
         return [self._late(header, rows, at, watermark) for at, start in enumerate(starts) if start in late]
 
     def advance(self, watermark: int, epoch: int) -> None:
@@ -125,11 +134,14 @@ class WindowTable:
 
     def collect(self, epoch: int) -> None:
         """Write the rows that ``epoch`` has changed and what is new of their distinct values. Last in an epoch."""
+        states: dict[bytes, WindowState] = {}
         for key, row in self._dirty.items():
-            start = window_start_of(key)
-            row.state, row.epoch = self._live.get(start, WindowState.FINAL), epoch
+            prefix = key[:8]
+            if prefix not in states:
+                states[prefix] = self._live.get(window_start_of(key), WindowState.FINAL)
+            row.state, row.epoch = states[prefix], epoch
             self._state.put(key, self._layout.encode(row))
-        self._dirty.clear()
+        self._keep()
         self._dirty_bytes = 0
         self._moved.clear()
         self._sets.flush(epoch)
@@ -154,7 +166,8 @@ class WindowTable:
     def restore(self) -> None:
         """Learn from the state which windows there are. Large ones are skipped, not read."""
         self._dirty.clear()
-        self._dirty_bytes = 0
+        self._clean.clear()
+        self._dirty_bytes = self._clean_bytes = 0
         self._live, self._final, self._moved = {}, [], set()
         at: bytes | None = b""
         while at is not None:
@@ -190,8 +203,7 @@ class WindowTable:
         invariant(at == len(rows.columns), f"A partial of table {self._plan.name!r} has {len(rows.columns)} columns.")
         return loaded
 
-    def _merge(self, start: int, key: bytes, values: tuple[object, ...]) -> None:
-        prefix = window_prefix(start)
+    def _merge(self, prefix: bytes, key: bytes, values: tuple[object, ...]) -> None:
         row = self._row(prefix + key)
         for at, cell in enumerate(self._layout.cells):
             theirs = values[at]
@@ -205,12 +217,29 @@ class WindowTable:
 
     def _row(self, key: bytes) -> Row:
         row = self._dirty.get(key)
-        if row is None:
+        if row is not None:
+            return row
+        row = self._clean.pop(key, None)
+        if row is not None:
+            self._clean_bytes -= len(key) + self._row_bytes
+            self._dirty_bytes += len(key) + self._row_bytes
+        else:
             value = self._state.get(key)
             row = self._layout.fresh() if value is None else self._layout.decode(value)
-            self._dirty[key] = row
             self._dirty_bytes += len(key) + (len(value) if value else 16 * len(row.values))
+        self._dirty[key] = row
         return row
+
+    def _keep(self) -> None:
+        """The epoch's rows are what the state has now. All are let go when they are too many; so are rows with texts,
+        whose size nobody knows."""
+        held = sum(map(len, self._dirty)) + self._row_bytes * len(self._dirty)
+        if self._clean_bytes + held > TABLE_ROWS_CACHE_BYTES_MAX:
+            self._clean, self._clean_bytes = {}, 0
+        if held <= TABLE_ROWS_CACHE_BYTES_MAX and not self._layout.texts:
+            self._clean.update(self._dirty)
+            self._clean_bytes += held
+        self._dirty = {}
 
     def _late(self, header: PartialHeader, rows: PartialRows, at: int, watermark: int) -> LateAggregate:
         one = rows.one(at)

@@ -6,7 +6,7 @@ step 4 only the next fence can tell; after step 4 the epoch is true, and whateve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from streamproc.commit import record as commit_record
@@ -17,8 +17,8 @@ from streamproc.core.types import TaskId, TopicPartition
 from streamproc.runtime.work import EpochOverlay, StateTable, Work
 from streamproc.state import changelog
 from streamproc.state.contract import Store, StoreMeta, Writes
-from streamproc.state.overlay import Change
-from streamproc.transport.contract import OutRecord, TaskProducer
+from streamproc.state.overlay import Changes
+from streamproc.transport.contract import OutColumns, OutRecord, TaskProducer
 
 __all__ = ["Committed", "EpochParts", "commit"]
 
@@ -47,7 +47,7 @@ class Committed:
     """An epoch that is true: what its sinks are told."""
 
     record: CommitRecord
-    changes: Mapping[str, list[Change]]
+    changes: Mapping[str, Changes]
     applied: Mapping[str, int] = field(default_factory=dict)
     """Changelog topic -> position behind this epoch's records."""
     sent: Mapping[str, int] = field(default_factory=dict)
@@ -100,18 +100,19 @@ async def commit(parts: EpochParts, last: CommitRecord, *, starting: bool = Fals
 
 
 def _records(
-    parts: EpochParts, record: CommitRecord, changes: Mapping[str, list[Change]]
-) -> dict[TopicPartition, list[OutRecord]]:
-    records = parts.work.outputs()
+    parts: EpochParts, record: CommitRecord, changes: Mapping[str, Changes]
+) -> dict[TopicPartition, Sequence[OutRecord]]:
+    records = dict(parts.work.outputs())
     for table in parts.tables:
         if rows := changes[table.name]:
             target = TopicPartition(table.changelog, parts.task.partition)
-            records[target] = [OutRecord(*changelog.record(row, record.epoch, table=table.name)) for row in rows]
+            columns = changelog.columns(rows, record.epoch, parts.clock.now_ms(), table=table.name)
+            records[target] = OutColumns(columns)
     records[parts.commits] = [OutRecord(parts.task.group.encode(), commit_record.encode(record))]
     return records
 
 
-def _counts(records: Mapping[TopicPartition, list[OutRecord]]) -> dict[str, int]:
+def _counts(records: Mapping[TopicPartition, Sequence[OutRecord]]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for tp, rows in records.items():
         counts[tp.topic] = counts.get(tp.topic, 0) + len(rows)

@@ -7,7 +7,7 @@ Every sensor of the app is told of commits; sends outside of agents, rebalances 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from faust.sensors.base import Sensor
@@ -17,6 +17,7 @@ from faust.types import TP
 from streamproc.commit.record import tp_of
 from streamproc.core.batch import RawBatch
 from streamproc.runtime.epoch import Committed
+from streamproc.state.overlay import Changes
 
 __all__ = ["CommitWatch", "SensorFeed"]
 
@@ -85,15 +86,12 @@ class SensorFeed:
         self._app.sensors.on_commit_completed(self._app.consumer, begun)
 
 
-def _count_keys(monitor: Monitor, table: Any, rows: Iterable[Any]) -> None:
+def _count_keys(monitor: Monitor, table: Any, rows: Changes) -> None:
     state = monitor.tables.get(table.name)
     if state is None:
         state = monitor.tables[table.name] = TableState(table)
-    for row in rows:
-        if row.value is None:
-            state.keys_deleted += 1
-        else:
-            state.keys_updated += 1
+    state.keys_deleted += len(rows.gone)
+    state.keys_updated += len(rows) - len(rows.gone)
 
 
 def _positions(positions: Mapping[str, Mapping[str, int]]) -> dict[TP, int]:

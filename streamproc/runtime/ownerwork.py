@@ -26,6 +26,8 @@ __all__ = ["OwnerWork"]
 class OwnerWork(Work):
     """Reads one partition of a table's repartition topic, to which every upstream task writes."""
 
+    prompt = True
+
     def __init__(self, plan: TablePlan, topic: str, partition: int, sources: int) -> None:
         super().__init__()
         self.plan, self._sources = plan, sources

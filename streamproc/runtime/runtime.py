@@ -270,7 +270,7 @@ class Runtime(Service):
         for name, group in self.groups.items():
             env = TaskEnvironment(
                 group.plan, self.transport, self._member, self._fetchers[name], self.clock, self.app.open_store,
-                self.app.state_folder, group.make_work, self.app.conf.id, self._sensors,
+                self.app.state_folder, group.make_work, self.app.conf.id, self._sensors, self._at_leisure,
             )  # fmt: skip
             for partition in range(group.plan.partitions):
                 sources = {TopicPartition(topic, partition) for topic in group.plan.sources}
@@ -399,6 +399,9 @@ class Runtime(Service):
                     await self.transport.delete_records(before)
             except BrokerUnavailable as outage:
                 logger.warning("repartition topics were not trimmed: %s", outage)
+
+    def _at_leisure(self) -> bool:
+        return all(task.at_leisure for task in self.tasks.values())
 
     def commit_now(self) -> None:
         for task in list(self.tasks.values()):

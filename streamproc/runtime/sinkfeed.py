@@ -68,10 +68,11 @@ async def open_feeds(task: Task, wake: asyncio.Event, say: Say) -> list[SinkFeed
     assert task.work is not None
     feeds: list[SinkFeed] = []
     for table in task.env.group.tables:
+        results = _Results(table, task.work)
         for use in table.sinks:
             assert table.shape is not None
             writer = use.sink.writer(table.shape, task.env.group.app_id, task.id.partition)
-            feeds.append(SinkFeed(task.id, table, table.shape, use, writer, task.work, task.env.clock))
+            feeds.append(SinkFeed(task.id, table, table.shape, use, writer, results, task.env.clock))
     try:
         for feed in feeds:
             await feed.claim(task.record, task.store, task.env.transport, say)
@@ -94,11 +95,11 @@ class SinkFeed:
         shape: TableShape,
         use: SinkUse,
         writer: SinkWriter,
-        work: Work,
+        results: _Results,
         clock: Clock,
     ) -> None:
         self.task, self.table, self.shape, self.use = task, table, shape, use
-        self.writer, self.work, self.clock = writer, work, clock
+        self.writer, self._results, self.clock = writer, results, clock
         self.failure: Exception | None = None
         self.problem: str | None = None
         """Why the sink is behind, in words; None while it is not."""
@@ -273,7 +274,7 @@ class SinkFeed:
             try:
                 last = epochs[-1]
                 hint = last.applied.get(self.table.changelog, 0)
-                await self._move(self._sink_rows(_merge(epochs, self.table)), last.record.epoch, hint)
+                await self._move(self._results.of(epochs, self.use.emit), last.record.epoch, hint)
             except SinkUnavailable as down:
                 self.problem = str(down)
                 logger.warning(
@@ -318,9 +319,29 @@ class SinkFeed:
         self._held = moved
 
     def _sink_rows(self, rows: Rows) -> SinkRows | None:
-        """Rows that this sink is told of, chosen before their results are computed: what is only on its way to a result,
-        a sum beyond its type say, is none of a sink's that waits for the last word."""
-        least = _LEAST_STATE[self.use.emit]
+        return self._results.of_rows(rows, self.use.emit)
+
+
+class _Results:
+    """What a table's sinks are told of committed epochs, computed once for all that are told the same."""
+
+    def __init__(self, table: StateTable, work: Work) -> None:
+        self.table, self.work = table, work
+        self._last: dict[Emit, tuple[tuple[int, int], SinkRows | None]] = {}
+        """First and last epoch of the last answer, a way of telling: sinks that keep pace ask for the same in turn."""
+
+    def of(self, epochs: list[Committed], emit: Emit) -> SinkRows | None:
+        """Rows of ``epochs``, the last of each key."""
+        wanted = epochs[0].record.epoch, epochs[-1].record.epoch
+        known = self._last.get(emit)
+        if known is None or known[0] != wanted:
+            known = self._last[emit] = wanted, self.of_rows(_merge(epochs, self.table), emit)
+        return known[1]
+
+    def of_rows(self, rows: Rows, emit: Emit) -> SinkRows | None:
+        """Rows that a sink is told of, chosen before their results are computed: what is only on its way to a result, a sum
+        beyond its type say, is none of a sink's that waits for the last word."""
+        least = _LEAST_STATE[emit]
         live = [
             (key, value)
             for key, value in rows.items()
@@ -329,7 +350,7 @@ class SinkFeed:
         if not live:
             return None
         frame = self.work.results(live)
-        return sink_rows(frame.drop("__epoch"), self.use.emit)
+        return sink_rows(frame.drop("__epoch"), emit)
 
 
 def _size_bytes(done: Committed, table: StateTable) -> int:

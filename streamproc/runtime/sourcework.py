@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from streamproc.avro.decode import Decoder
@@ -13,7 +13,7 @@ from streamproc.operators.contract import SideRecord, WatermarkState
 from streamproc.operators.plan import SourcePlan
 from streamproc.operators.source import Collected, Counters, SourceProgram
 from streamproc.runtime.work import Work
-from streamproc.transport.contract import OutRecord
+from streamproc.transport.contract import OutColumns, OutRecord
 
 __all__ = ["SourceWork", "side_record"]
 
@@ -76,7 +76,7 @@ class SourceWork(Work):
     def collect(self, epoch: int) -> None:
         self._collected = self.program.collect(epoch)
 
-    def outputs(self) -> dict[TopicPartition, list[OutRecord]]:
+    def outputs(self) -> Mapping[TopicPartition, Sequence[OutRecord]]:
         found: dict[TopicPartition, list[OutRecord]] = {}
         assert self._collected is not None
         for table, partials in self._collected.partials.items():
@@ -87,7 +87,12 @@ class SourceWork(Work):
         for side in self._collected.side:
             target = found.setdefault(TopicPartition(side.topic, self.tp.partition), [])
             target.append(side_record(side))
-        return found
+        forwarded: dict[TopicPartition, Sequence[OutRecord]] = {}
+        for topic, columns in self._collected.forwarded.items():
+            target_tp, records = TopicPartition(topic, self.tp.partition), OutColumns(columns)
+            # A topic may take late records as well.
+            forwarded[target_tp] = [*records, *found[target_tp]] if target_tp in found else records
+        return found | forwarded
 
     def positions(self) -> dict[str, dict[str, int]]:
         return {self.plan.name: {tp_name(self.tp): int(self._position)}}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Agent", "Table", "TableManager", "Topic", "ValueEncoder", "header_pairs", "topic_config"]
 
+_current = CURRENT.get
 Headers = tuple[tuple[str, bytes | None], ...]
 
 
@@ -196,25 +197,27 @@ class Table(tables.Table[Any, Any]):
     where: str = ""
 
     def _rows(self) -> Any:
-        instance = CURRENT.get(None)
-        if instance is None:
-            raise UserError(
-                f"Table {self.name} is written and read inside an agent of this app only.",
-                remedy="From a web page or a timer, read it with `table.committed(key)`.",
-                where=self.where,
-            )
-        return instance.overlays[self.name]
+        return (_current(None) or self._nobody()).overlays[self.name]
+
+    def _nobody(self) -> Instance:
+        raise UserError(
+            f"Table {self.name} is written and read inside an agent of this app only.",
+            remedy="From a web page or a timer, read it with `table.committed(key)`.",
+            where=self.where,
+        )
 
     def committed(self, key: Any, default: Any = None) -> Any:
         """The committed value of ``key`` if a task of this worker holds it."""
         runtime: Runtime = self.app.runtime  # type: ignore[attr-defined]
         return runtime.committed(self.name, key, default)
 
+    # These two are what an agent does with most records: `_rows`, without a call of its own.
+
     def __getitem__(self, key: Any) -> Any:
-        return self._rows()[key]
+        return (_current(None) or self._nobody()).overlays[self.name][key]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self._rows()[key] = value
+        (_current(None) or self._nobody()).overlays[self.name][key] = value
 
     def __delitem__(self, key: Any) -> None:
         del self._rows()[key]

@@ -83,6 +83,8 @@ class TaskEnvironment:
     make_work: Callable[[int], Work]
     consumer_group: str
     watch: CommitWatch
+    at_leisure: Callable[[], bool]
+    """Whether no task of the worker has more input than it is at."""
 
 
 @dataclass
@@ -113,6 +115,8 @@ class Task:
         self._paused: dict[TopicPartition, Offset] = {}
         self._wake = asyncio.Event()
         self._due = self._closing = False
+        self._early = 0
+        """Commits since the last interval's end that did not wait for the next."""
         self._failures = 0
         self._told_s = 0.0
         self._alike = 0
@@ -158,13 +162,21 @@ class Task:
 
     def commit_due(self) -> None:
         """The commit interval is over."""
-        self._due = True
+        self._due, self._early = True, 0
         self._wake.set()
 
     def tick(self, monotonic_ms: int) -> None:
         """Processing time has gone on."""
         if self.phase is Phase.RUNNING and self.work is not None and not self._inbox:
             self.work.tick(monotonic_ms, self.env.fetcher.at_end)
+
+    @property
+    def at_leisure(self) -> bool:
+        """Whether nothing waits for it behind the batch that came last."""
+        work = self.work
+        if work is None or self.phase not in (Phase.RUNNING, Phase.HELD):
+            return True
+        return len(self._inbox) <= 1 and all(self.env.fetcher.at_end(tp) for tp in work.resume_at())
 
     def close(self) -> bool:
         """Commit what is done and end; `run` returns when it is over. False: it has not started yet, so that there is
@@ -275,7 +287,8 @@ class Task:
             held = any(feed.full for feed in self.feeds)
             self._set(Phase.HELD if held else Phase.RUNNING)
             self.view.problem = next((feed.delay for feed in self.feeds if feed.full), work.problem)
-            if work.wants_commit or work.size_bytes > limits.EPOCH_BYTES_MAX or (self._due and work.dirty):
+            due = self._due or self._due_early(held)
+            if work.wants_commit or work.size_bytes > limits.EPOCH_BYTES_MAX or (due and work.dirty):
                 try:
                     await self._commit()
                 except AgentFailed:
@@ -287,6 +300,17 @@ class Task:
                 continue
             await self._wake.wait()
             self._wake.clear()
+
+    def _due_early(self, held: bool) -> bool:
+        """Epochs are short while there is time for it, and as long as the interval under load."""
+        work = self.work
+        assert work is not None
+        if not work.prompt or held or self._inbox or not work.dirty or self._early >= limits.EARLY_COMMITS_MAX:
+            return False
+        if not self.env.at_leisure():
+            return False
+        self._early += 1
+        return True
 
     def _process(self, batch: RawBatch) -> None:
         assert self.work is not None

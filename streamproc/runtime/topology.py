@@ -55,6 +55,8 @@ class Group:
     make_work: Callable[[int], Work]
     side_topics: tuple[str, ...] = ()
     """Dead letters and late records; as many partitions as the group."""
+    outputs: tuple[str, ...] = ()
+    """The user's topics that records go on to; as many partitions as the group."""
     source: SourcePlan | None = None
     table: TableHandle | None = None
 
@@ -98,7 +100,11 @@ def _source_group(plan: SourcePlan, registry: Registry, app_id: str, count: int,
         StateTable(step.name, changelog_topic(app_id, step.name), _overlay(step.name), fingerprint_of(step))
         for step in _dedupes(plan.root)
     )
-    late = {table.late_topic for node in _nodes(plan.root) for table in node.tables}
+    late = {table.late_topic for node in plan.root.nodes() for table in node.tables}
+    for node in plan.root.nodes():
+        if isinstance(node.step, Dedupe):
+            late |= set(node.late_topics(plan.late_topic))
+    outputs = dict.fromkeys(topic for node in plan.root.nodes() for topic in node.outputs)
     fed = [
         Fed(owner.plan.name, owner.plan.commits_topic, table.name, table.fingerprint)
         for owner in owners
@@ -111,7 +117,7 @@ def _source_group(plan: SourcePlan, registry: Registry, app_id: str, count: int,
 
     group = GroupPlan(f"read-{plan.name}", app_id, {plan.topic: count}, {plan.name: (plan.topic,)}, tables,
                       plan.event_time.bounded, fed=tuple(fed))  # fmt: skip
-    return Group(group, make_work, (plan.dead_letter_topic, *sorted(late)), source=plan)
+    return Group(group, make_work, (plan.dead_letter_topic, *sorted(late)), tuple(outputs), source=plan)
 
 
 def _owner_group(handle: TableHandle, app_id: str, count: int) -> Group:
@@ -138,11 +144,12 @@ def agent_group(specs: Sequence[AgentSpec], tables: Sequence[AgentTable], reader
             where=specs[0].where,
         )
     require_distinct_prefixes(table.name for table in tables)
+    share = limits.TABLE_KEPT_BYTES_MAX // max(1, len(tables) * max(counts.values(), default=1))
     state = tuple(
         StateTable(
             table.name,
             changelog_topic(app_id, table.name),
-            _object_overlay(table),
+            _object_overlay(table, share),
             fingerprint_of(ObjectTable(table.name, next(iter(counts.values())))),
         )
         for table in tables
@@ -175,6 +182,8 @@ def internal_topics(groups: Iterable[Group]) -> list[TopicSpec]:
         for topic in group.side_topics:
             ours = topic.startswith(f"{group.plan.app_id}-")
             specs[topic] = TopicSpec(topic, count, KEPT if ours else {})
+        for topic in group.outputs:
+            specs[topic] = TopicSpec(topic, count)
         if group.table is not None:
             for topic in group.plan.sources:
                 specs[topic] = TopicSpec(topic, count, {**KEPT, "cleanup.policy": "delete"})
@@ -185,19 +194,13 @@ def _overlay(name: str) -> Callable[[Any], Any]:
     return lambda store: Overlay(store, name)
 
 
-def _object_overlay(table: AgentTable) -> Callable[[Any], Any]:
-    return lambda store: ObjectOverlay(store, table.name, table.default)
-
-
-def _nodes(root: Node) -> Iterable[Node]:
-    yield root
-    for child in root.children:
-        yield from _nodes(child)
+def _object_overlay(table: AgentTable, kept_bytes_max: int) -> Callable[[Any], Any]:
+    return lambda store: ObjectOverlay(store, table.name, table.default, kept_bytes_max=kept_bytes_max)
 
 
 def _tables(root: Node) -> list[str]:
-    return [table.name for node in _nodes(root) for table in node.tables]
+    return [table.name for node in root.nodes() for table in node.tables]
 
 
 def _dedupes(root: Node) -> list[Dedupe]:
-    return [node.step for node in _nodes(root) if isinstance(node.step, Dedupe)]
+    return [node.step for node in root.nodes() if isinstance(node.step, Dedupe)]

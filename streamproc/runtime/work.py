@@ -6,7 +6,7 @@ The task around it owns the log, the store and the sinks; the work owns position
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from streamproc.operators.contract import WatermarkState
 from streamproc.operators.source import Counters
 from streamproc.sinks.contract import Emit, Sink, TableShape
 from streamproc.state.contract import Store, Writes
-from streamproc.state.overlay import Change
+from streamproc.state.overlay import Changes
 from streamproc.transport.contract import OutRecord
 
 __all__ = ["AgentFailed", "EpochOverlay", "SinkUse", "StateTable", "Work"]
@@ -32,7 +32,7 @@ class AgentFailed(Exception):
 class EpochOverlay(Protocol):
     """An epoch's uncommitted writes to one table; `state.overlay.Overlay` and `state.objects.ObjectOverlay` are such."""
 
-    def changes(self) -> list[Change]: ...
+    def changes(self) -> Changes: ...
 
     def writes(self, into: Writes) -> None: ...
 
@@ -71,6 +71,9 @@ class Work(ABC):
     """Set by an agent that failed; the task looks at it whenever it is woken."""
     wants_commit: bool = False
     """A commit is asked for now, not at the next interval."""
+    prompt: bool = False
+    """What it has taken has waited for a commit already: while the worker is at leisure it is committed at once, so that a
+    result waits for one interval and not for two."""
 
     @property
     def problem(self) -> str | None:
@@ -119,7 +122,7 @@ class Work(ABC):
         """Between barrier and release: put what the epoch leaves into overlays and `outputs`."""
 
     @abstractmethod
-    def outputs(self) -> dict[TopicPartition, list[OutRecord]]:
+    def outputs(self) -> Mapping[TopicPartition, Sequence[OutRecord]]:
         """Records of the collected epoch but for changelogs: repartition, side outputs, the agents' sends."""
 
     @abstractmethod

@@ -1,6 +1,6 @@
 """Sinks that users declare on a table: `hourly.sink(sinks.redis(url), sinks.postgres(dsn))`.
 
-The client libraries are extras and are imported by the first sink that needs them.
+The client libraries are extras and are imported with the first sink that is declared.
 """
 
 from streamproc.sinks.postgres import postgres

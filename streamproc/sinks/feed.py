@@ -31,10 +31,13 @@ def sink_rows(frame: pl.DataFrame, emit: Emit, *, expire_at_ms: int | None = Non
     told = frame.filter(pl.col(STATE) >= _FIRST_STATE[emit]) if emit != "on_update" else frame
     if told.is_empty():
         return None
-    visible = told[VISIBLE].fill_null(False)
-    identity = frame.columns[: frame.columns.index("window_start") + 1]
-    upserts = told.filter(visible).drop(STATE, VISIBLE)
-    return SinkRows(upserts, told.filter(~visible).select(identity), expire_at_ms)
+    visible = told[VISIBLE]
+    rows = pl.DataFrame([column for column in told.get_columns() if column.name not in (STATE, VISIBLE)])
+    identity = pl.DataFrame(told.get_columns()[: frame.columns.index("window_start") + 1])
+    if visible.all(ignore_nulls=False):
+        return SinkRows(rows, identity.clear(), expire_at_ms)
+    visible = visible.fill_null(False)
+    return SinkRows(rows.filter(visible), identity.filter(~visible), expire_at_ms)
 
 
 def latest(frames: Sequence[pl.DataFrame], shape: TableShape) -> pl.DataFrame:

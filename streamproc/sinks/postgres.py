@@ -14,6 +14,7 @@ lock. Connections keep temporary tables, so a pooler in between must pool sessio
 
 from __future__ import annotations
 
+from contextlib import suppress
 from urllib.parse import parse_qs, urlsplit
 
 from streamproc.core.errors import UserError
@@ -28,6 +29,8 @@ def postgres(dsn: str, *, schema: str = "public", table: str | None = None) -> P
     ``dsn``: ``postgresql://…``, as asyncpg takes it. ``schema`` must exist. ``table``: the target's name, else the name
     of the table that is sunk. The user needs the right to create tables there, unless both tables exist already.
     """
+    with suppress(ImportError):  # `PostgresSink.writer` says what is missing
+        import streamproc.sinks.postgres_writer  # noqa: F401  # now, off the way of the first record
     return PostgresSink(dsn, schema, table)
 
 

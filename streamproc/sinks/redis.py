@@ -14,6 +14,7 @@ together.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
@@ -35,6 +36,8 @@ def redis(url: str, *, ttl: Duration | None = None) -> RedisSink:
     itself this long after its window's end, **in event time**: a replay of old data writes rows that are gone at once.
     The server must not evict (`maxmemory-policy noeviction`), or rows would vanish without the ledger knowing.
     """
+    with suppress(ImportError):  # `RedisSink.writer` says what is missing
+        import streamproc.sinks.redis_writer  # noqa: F401  # now, off the way of the first record
     return RedisSink(url, None if ttl is None else milliseconds(ttl, setting="ttl"))
 
 

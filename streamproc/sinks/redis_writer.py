@@ -244,13 +244,12 @@ class RedisWriter:
         return [at] * rows.upserts.height
 
     def _keys(self, frame: pl.DataFrame) -> list[str]:
-        """Redis keys of ``frame``'s rows, built in columns; `row_key` says the same for one row."""
+        """Redis keys of ``frame``'s rows; `row_key` says the same for one row."""
         if frame.is_empty():
             return []
         parts = [_escaped(frame[name]) for name in self._shape.keys]
-        start = frame["window_start"].dt.epoch("ms").cast(pl.String)
-        columns = pl.DataFrame([series.alias(str(i)) for i, series in enumerate([*parts, start])])
-        return columns.select(pl.concat_str(pl.lit(self._prefix), pl.all(), separator=":")).to_series().to_list()
+        starts = _as_text(frame["window_start"]).to_list()
+        return [":".join((self._prefix, *of)) for of in zip(*parts, starts, strict=True)]
 
     def _identity(self, key: str) -> tuple[object, ...] | None:
         """What row a Redis key names; None for the ledger and for keys that are none of ours."""
@@ -274,13 +273,11 @@ def _glob_escape(text: str) -> str:
     return "".join("\\" + c if c in "*?[]^-\\" else c for c in text)
 
 
-def _escaped(series: pl.Series) -> pl.Series:
+def _escaped(series: pl.Series) -> list[str]:
     """A column of group keys as they stand inside a Redis key."""
-    text = _as_text(series)
-    if series.dtype == pl.String:
-        for plain, escaped in ESCAPES:
-            text = text.str.replace_all(plain, escaped, literal=True)
-    return text.fill_null(NULL_KEY)
+    texts = _as_text(series).to_list()
+    how = escape if series.dtype == pl.String else str
+    return [NULL_KEY if text is None else how(text) for text in texts]
 
 
 def _as_text(series: pl.Series) -> pl.Series:
@@ -289,7 +286,7 @@ def _as_text(series: pl.Series) -> pl.Series:
     if dtype == pl.Boolean:
         series = series.cast(pl.Int8)
     elif isinstance(dtype, pl.Datetime):
-        series = series.dt.epoch("ms")
+        series = series.cast(pl.Int64) if dtype.time_unit == "ms" else series.dt.epoch("ms")
     return series if dtype == pl.String else series.cast(pl.String)
 
 

@@ -14,13 +14,16 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Final, NamedTuple, cast
 
+import numpy as np
+
+from streamproc.avro.recordbatch import Columns, Spans, spans
 from streamproc.core import limits
 from streamproc.core.batch import Headers, RawBatch
 from streamproc.core.errors import RowRefused, UserError
 from streamproc.core.types import EpochNumber, Offset
-from streamproc.state.overlay import Change, Tombstone
+from streamproc.state.overlay import Change, Changes, Tombstone
 
-__all__ = ["ChangelogRow", "Record", "read", "record"]
+__all__ = ["ChangelogRow", "Record", "columns", "read", "record"]
 
 _TOMBSTONES: Final[dict[Tombstone, bytes]] = {"delete": b"delete", "expire": b"expire"}
 _KINDS: Final = {b"delete": "delete", b"expire": "expire"}
@@ -62,6 +65,27 @@ def record(change: Change, epoch: int, *, table: str | None = None) -> Record:
             remedy="Spread what it holds over several keys, or keep less of it.",
         )
     return Record(key, value, _headers(epoch, None))
+
+
+def columns(changes: Changes, epoch: int, timestamp_ms: int, *, table: str | None = None) -> Columns:
+    """The records of all ``changes`` (at least one), as `record` makes each, written at ``timestamp_ms``."""
+    keys, values = spans(changes.keys), spans(changes.values)
+    large = np.flatnonzero(keys.length + np.maximum(values.length, 0) > limits.CHANGELOG_RECORD_BYTES_MAX)
+    for row in large.tolist():
+        record(changes[row], epoch, table=table)  # a value raises; a key alone is a tombstone's
+    return Columns(keys, values, _header_column(changes, epoch), np.full(len(changes), timestamp_ms, np.int64))
+
+
+def _header_column(changes: Changes, epoch: int) -> Spans:
+    """One of three byte strings for every row."""
+    number = epoch.to_bytes(8, "big")
+    tombs = {how: _TOMB_HEAD + number + _TOMB_MIDDLE + name for how, name in _TOMBSTONES.items()}
+    kinds = spans([_ROW_HEAD + number, *tombs.values()])
+    which = np.zeros(len(changes), np.int64)
+    if changes.gone:
+        places: dict[Tombstone | None, int] = {None: 0, **{how: place for place, how in enumerate(tombs, 1)}}
+        which[:] = [places[changes.gone.get(key)] for key in changes.keys]
+    return Spans(kinds.buffer, kinds.start[which], kinds.length[which])
 
 
 @lru_cache(maxsize=64)  # one tuple for all rows of an epoch

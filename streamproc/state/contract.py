@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
-__all__ = ["Store", "StoreMeta", "Writes"]
+__all__ = ["Run", "Store", "StoreMeta", "Writes"]
 
 
 class StoreMeta(msgspec.Struct, frozen=True):
@@ -24,14 +24,23 @@ class StoreMeta(msgspec.Struct, frozen=True):
     """Broker timestamp of what was applied last: a store older than half of `delete.retention.ms` is wiped."""
 
 
+class Run(NamedTuple):
+    """Rows to be put, as columns; keys ascend, none comes twice."""
+
+    keys: Sequence[bytes]
+    values: Sequence[bytes]
+
+
 @dataclass
 class Writes:
-    """One atomic step: first the ranges, then the deletes, then the puts (sorted by the store)."""
+    """One atomic step: first the ranges, then the deletes, then the puts (sorted by the store), then the runs."""
 
     puts: dict[bytes, bytes] = field(default_factory=dict)
     deletes: set[bytes] = field(default_factory=set)
     ranges: list[tuple[bytes, bytes]] = field(default_factory=list)
     """[start, stop) of keys to drop."""
+    runs: list[Run] = field(default_factory=list)
+    """Puts of whole tables that are sorted already."""
 
 
 class Store(Protocol):

@@ -38,7 +38,10 @@ class MemoryStore:
             yield keys[at], rows[keys[at]]
 
     def write(self, writes: Writes, meta: StoreMeta) -> None:
-        invariant(all(writes.puts) and b"\x00" not in writes.puts, "A row's key has no table prefix.")
+        puts = dict(writes.puts)
+        for run in writes.runs:
+            puts.update(zip(run.keys, run.values, strict=True))
+        invariant(all(puts) and b"\x00" not in puts, "A row's key has no table prefix.")
         for start, stop in writes.ranges:
             lo, hi = self._span(start, stop)
             self._forget(self._keys[lo:hi])
@@ -47,8 +50,8 @@ class MemoryStore:
         if gone:
             self._forget(gone)
             self._keys = [key for key in self._keys if key not in gone]
-        new = sorted(key for key in writes.puts if key not in self._rows)
-        for key, value in writes.puts.items():
+        new = sorted(key for key in puts if key not in self._rows)
+        for key, value in puts.items():
             old = self._rows.get(key)
             self._bytes += len(value) - len(old) if old is not None else len(key) + len(value)
             self._rows[key] = value

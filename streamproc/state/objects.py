@@ -4,11 +4,12 @@
 C's dict and nothing of ours. What it does not hold is read from the store by ``__missing__`` and kept beside, so that
 one key reads as one object within the epoch:
 
-    table[key] ──▶ written (the dict) ──▶ deleted: missing ──▶ read before (same object) ──▶ store ──▶ default
+    table[key] ──▶ written (the dict) ──▶ read before (same object) ──▶ deleted: missing ──▶ kept ──▶ store ──▶ default
 
 Values changed in place (``table[key].append(x)``) are found at the commit by comparing what was read with what it has
 become, so they are kept without being assigned back. What was taken out of the table before an earlier commit is the
-caller's own copy: changing it later changes nothing in the table.
+caller's own copy: changing it later changes nothing in the table. Committed values stay in memory over the epochs, as
+many as a bound allows (`state/kept.py`): most reads never come to the store.
 """
 
 from __future__ import annotations
@@ -17,32 +18,30 @@ from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Va
 from itertools import islice
 from typing import Any, Final, NamedTuple
 
+from streamproc.core import limits
 from streamproc.state.contract import Store, Writes
-from streamproc.state.overlay import Change, merged, table_prefix, table_stop
-from streamproc.state.packing import pack_key, pack_value, unpack_key, unpack_value
+from streamproc.state.kept import NOTHING, ROW_BYTES, KeptValues, Packed
+from streamproc.state.overlay import Changes, merged, table_prefix, table_stop
+from streamproc.state.packing import pack_key, pack_keys, pack_value, pack_values, unpack_key, unpack_value
 
 __all__ = ["ObjectOverlay"]
 
-ROW_BYTES: Final = 200
-"""Taken for a row in `size_bytes`, beside what its value weighs."""
 _WEIGHED: Final = 8
 """Of the rows written since `size_bytes` was last asked, how many are weighed for all of them."""
 _UNTRACKED: Final = frozenset({int, float, str, bytes, bool, type(None)})
 """Values of these types cannot change in place."""
-_NOTHING: Final = object()
 
 
 class _Read(NamedTuple):
-    """A value handed out this epoch: the object, what it was then, and whether the store has the row."""
+    """A value that could be changed in place, handed out this epoch: the object, what it was then, and whether it is
+    committed or the table's default."""
 
     value: Any
-    row: bytes
-    """The key, packed."""
     packed: bytes
     stored: bool
 
     def changed(self, table: str, key: Any) -> bool:
-        return type(self.value) not in _UNTRACKED and pack_value(self.value, table, key) != self.packed
+        return pack_value(self.value, table, key) != self.packed
 
 
 class ObjectOverlay(dict[Any, Any]):
@@ -55,15 +54,28 @@ class ObjectOverlay(dict[Any, Any]):
     the order of packed keys, whatever the order of writing, and ``len`` reads all rows.
     """
 
-    __slots__ = ("_default", "_deleted", "_packed", "_prefix", "_read", "_store", "_value_bytes", "_weighed", "table")
+    __slots__ = (
+        "_changes", "_default", "_deleted", "_fresh", "_kept", "_prefix", "_read", "_store", "_value_bytes", "_weighed",
+        "table",
+    )  # fmt: skip
 
-    def __init__(self, store: Store, table: str, default: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        table: str,
+        default: Callable[[], Any] | None = None,
+        *,
+        kept_bytes_max: int = limits.TABLE_KEPT_BYTES_MAX,
+    ) -> None:
         super().__init__()
         self.table = table
         self._store, self._prefix, self._default = store, table_prefix(table), default
+        self._kept = KeptValues(kept_bytes_max)
         self._read: dict[Any, _Read] = {}
         self._deleted: set[Any] = set()
-        self._packed: list[Change] = []
+        self._changes = Changes([], [])
+        self._fresh: tuple[list[Any], list[Any]] = [], []
+        """Keys and values of the last `changes`, as they are kept."""
         self._weighed = self._value_bytes = 0
 
     # ---- the epoch's end
@@ -81,45 +93,54 @@ class ObjectOverlay(dict[Any, Any]):
         self._weighed = written
         return ROW_BYTES * (written + len(self._read) + len(self._deleted)) + self._value_bytes
 
-    def changes(self) -> list[Change]:
+    def changes(self) -> Changes:
         """One change per changed key, packed and in that order. The agents stand still from here to `drop`."""
-        packed: dict[bytes, Change] = {}
-        for key, value in self._changed():
-            row = self._row(key)
-            packed[row] = Change(row, pack_value(value, self.table, key))
-        for key in self._deleted:
-            row = pack_key(key, self.table)
-            if row not in packed and self._store.get(self._prefix + row) is not None:
-                packed[row] = Change(row, None, "delete")
-        self._packed = [packed[row] for row in sorted(packed)]
-        return self._packed
+        keys, gone = self._changed(), self._gone()
+        ascending = not gone and _sort(keys)
+        values = list(map(super().__getitem__, keys))  # what was changed in place comes by way of `__missing__`
+        rows, packed = pack_keys(keys, self.table), pack_values(values, self.table, keys)
+        self._fresh = keys, _to_keep(values, packed)
+        if ascending:
+            self._changes = Changes(rows, packed)
+            return self._changes
+        by_row: dict[bytes, bytes | None] = {**dict.fromkeys(gone), **dict(zip(rows, packed, strict=True))}
+        rows = sorted(by_row)
+        self._changes = Changes(rows, list(map(by_row.__getitem__, rows)), dict.fromkeys(gone, "delete"))
+        return self._changes
 
     def writes(self, into: Writes) -> None:
-        """Add exactly what the last `changes` returned, so that store and changelog cannot differ."""
-        for key, value, _ in self._packed:
-            if value is None:
-                into.deletes.add(self._prefix + key)
-            else:
-                into.puts[self._prefix + key] = value
+        """Add exactly what the last `changes` returned, so that store and changelog cannot differ. The log has the epoch:
+        its values are the committed ones from now on."""
+        prefix, changes = self._prefix, self._changes
+        into.deletes.update(prefix + row for row in changes.gone)
+        into.runs.append(changes.run(prefix))
+        keys, values = self._fresh
+        self._kept.add(keys, values, sum(map(len, filter(None, changes.values))))
+        self._fresh = [], []
 
     def drop(self) -> None:
         """Forget the epoch: committed (the store has it) or aborted (nobody has)."""
         super().clear()
-        self._read, self._deleted, self._packed = {}, set(), []
+        self._read, self._deleted, self._changes, self._fresh = {}, set(), Changes([], []), ([], [])
         self._weighed = self._value_bytes = 0
 
     # ---- reading and writing one row
 
     def __missing__(self, key: Any) -> Any:
-        found = self._stored(key)
-        if found is not None:
-            return found.value
+        value = self._kept.young.get(key, NOTHING)
+        if type(value) in _UNTRACKED:  # most reads; what the epoch deleted is not kept any more
+            return value
+        read = self._read.get(key)
+        if read is not None:
+            return read.value
+        value = self._committed(key)
+        if value is not NOTHING:
+            return value
         if self._default is None:
             raise KeyError(key)
         value = self._default()
         if type(value) not in _UNTRACKED:
-            row = pack_key(key, self.table)
-            self._read[key] = _Read(value, row, pack_value(value, self.table, key), False)
+            self._read[key] = _Read(value, pack_value(value, self.table, key), False)
         return value
 
     def __delitem__(self, key: Any) -> None:
@@ -127,28 +148,32 @@ class ObjectOverlay(dict[Any, Any]):
             raise KeyError(key)
         super().pop(key, None)
         self._read.pop(key, None)
+        self._kept.forget(key)  # so that `__missing__` does not find it; if the epoch is dropped the store has it
         self._deleted.add(key)
 
     def __contains__(self, key: object) -> bool:
         if super().__contains__(key):
             return True
-        found = self._stored(key)
-        return found is not None and (found.stored or found.changed(self.table, key))
+        read = self._read.get(key)
+        if read is not None:
+            return read.stored or read.changed(self.table, key)
+        return self._committed(key) is not NOTHING
 
     def get(self, key: Any, default: Any = None) -> Any:
         """As of a dict: ``default`` is the argument, not the table's."""
-        if key not in self:
-            return default
-        return self[key]
+        value = super().get(key, NOTHING)
+        if value is NOTHING and key in self:
+            value = self[key]
+        return default if value is NOTHING else value
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
         if key not in self:
             self[key] = default
         return self[key]
 
-    def pop(self, key: Any, default: Any = _NOTHING) -> Any:
+    def pop(self, key: Any, default: Any = NOTHING) -> Any:
         if key not in self:
-            if default is _NOTHING:
+            if default is NOTHING:
                 raise KeyError(key)
             return default
         value = self[key]
@@ -217,39 +242,75 @@ class ObjectOverlay(dict[Any, Any]):
             elif key not in self._deleted:  # since the walk began
                 value = unpack_value(packed)
                 if type(value) not in _UNTRACKED:
-                    self._read[key] = _Read(value, row, packed, True)
+                    self._read[key] = _Read(value, packed, True)
                 yield key, value
 
     def _rows(self) -> Iterator[tuple[bytes, bytes]]:
         """Every row in the order of packed keys; the value is the store's, of no use if the epoch changed the row."""
         own: dict[bytes, bytes | None] = {pack_key(key, self.table): None for key in self._deleted}
-        own.update((pack_key(key, self.table), b"") for key, _ in self._changed())
+        own.update(dict.fromkeys(pack_keys(self._changed(), self.table), b""))
         prefix = self._prefix
         stored = ((row[len(prefix) :], value) for row, value in self._store.scan(prefix, table_stop(prefix)))
         return merged(stored, [(row, own[row]) for row in sorted(own)])
 
-    def _changed(self) -> Iterator[tuple[Any, Any]]:
-        """What the epoch wrote, and what it read and then changed in place."""
-        yield from super().items()
-        for key, read in self._read.items():
-            if not super().__contains__(key) and read.changed(self.table, key):
-                yield key, read.value
+    def _changed(self) -> list[Any]:
+        """Keys that the epoch wrote, and those of values that it read and then changed in place."""
+        keys = list(super().keys())
+        if self._read:
+            keys += [
+                key
+                for key, read in self._read.items()
+                if not super(ObjectOverlay, self).__contains__(key) and read.changed(self.table, key)
+            ]
+        return keys
 
-    def _stored(self, key: Any) -> _Read | None:
-        """The value of a key that was not written: read before in this epoch, or now from the store."""
-        found = self._read.get(key)
-        if found is None and key not in self._deleted:
-            row = pack_key(key, self.table)
-            packed = self._store.get(self._prefix + row)
-            if packed is not None:
-                found = self._read[key] = _Read(unpack_value(packed), row, packed, True)
-                self._value_bytes += len(packed)
-        return found
+    def _gone(self) -> list[bytes]:
+        """Packed keys that were deleted and are in the store."""
+        rows = [pack_key(key, self.table) for key in self._deleted if not super(ObjectOverlay, self).__contains__(key)]
+        stored = self._store.get_many([self._prefix + row for row in rows])
+        return [row for row, value in zip(rows, stored, strict=True) if value is not None]
 
-    def _row(self, key: Any) -> bytes:
-        """The key, packed; what was read is packed already."""
-        read = self._read.get(key)
-        return pack_key(key, self.table) if read is None else read.row
+    def _committed(self, key: Any) -> Any:
+        """The committed value of a key that was neither written nor read before in this epoch, as an object of the epoch's
+        own if it can be changed in place; `NOTHING` if there is none, or the epoch deleted it."""
+        if key in self._deleted:
+            return NOTHING
+        value = self._kept.find(key)
+        if value is NOTHING:
+            value = self._from_store(pack_key(key, self.table), key)
+        if type(value) is Packed:
+            self._value_bytes += len(value)
+            self._read[key] = _Read(unpack_value(value), value, True)
+            return self._read[key].value
+        return value
+
+    def _from_store(self, row: bytes, key: Any) -> Any:
+        """As it is kept from now on; `NOTHING`: the store has no such row."""
+        if self._kept.whole is None:
+            self._kept.whole = next(self._store.scan(self._prefix, table_stop(self._prefix)), None) is None
+        packed = None if self._kept.whole else self._store.get(self._prefix + row)
+        if packed is None:
+            return NOTHING
+        value = unpack_value(packed)
+        if type(value) not in _UNTRACKED:
+            value = Packed(packed)
+        self._kept.add((key,), (value,), len(packed))
+        return value
+
+
+def _to_keep(values: list[Any], packed: list[bytes]) -> list[Any]:
+    """What becomes of an epoch's values once they are committed."""
+    if _UNTRACKED.issuperset(map(type, values)):
+        return values
+    return [value if type(value) in _UNTRACKED else Packed(data) for value, data in zip(values, packed, strict=True)]
+
+
+def _sort(keys: list[Any]) -> bool:
+    """Put keys into the order of their bytes if that is cheap, and say so. From 0 on, MessagePack's numbers are in order."""
+    if {*map(type, keys)} != {int}:
+        return False
+    keys.sort()
+    return bool(keys[0] >= 0)
 
 
 def _weight(value: Any, depth: int = 0) -> int:

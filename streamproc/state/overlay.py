@@ -8,15 +8,25 @@ Nothing reaches the store except through `writes`, after the commit. `drop` forg
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
+from typing import Literal, NamedTuple, TypeAlias, cast, overload
 
 import google_crc32c
 
 from streamproc.core.errors import UserError
-from streamproc.state.contract import Store, Writes
+from streamproc.state.contract import Run, Store, Writes
 
-__all__ = ["Change", "Overlay", "Tombstone", "merged", "require_distinct_prefixes", "table_prefix", "table_stop"]
+__all__ = [
+    "Change",
+    "Changes",
+    "Overlay",
+    "Tombstone",
+    "merged",
+    "require_distinct_prefixes",
+    "table_prefix",
+    "table_stop",
+]
 
 Tombstone: TypeAlias = Literal["delete", "expire"]
 
@@ -29,6 +39,49 @@ class Change(NamedTuple):
     value: bytes | None
     tombstone: Tombstone | None = None
     """``delete``: a deletion in its own right, sinks follow. ``expire``: it left by retention, sinks keep theirs."""
+
+
+class Changes(Sequence[Change]):
+    """What an epoch did to a table, as columns in the order of the keys. A `Change` is made only of those that somebody
+    looks at one by one. Not changed any more: sinks look at it after the epoch."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(
+        self, keys: list[bytes], values: Sequence[bytes | None], gone: Mapping[bytes, Tombstone] | None = None
+    ) -> None:
+        self.keys, self.values = keys, values
+        self.gone: Mapping[bytes, Tombstone] = gone or {}
+        """The keys whose value is None, and how they left."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, at: int) -> Change: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Change]: ...
+    def __getitem__(self, at: int | slice) -> Change | list[Change]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        return Change(self.keys[at], self.values[at], self.gone.get(self.keys[at]))
+
+    def __iter__(self) -> Iterator[Change]:
+        return map(Change, self.keys, self.values, map(self.gone.get, self.keys) if self.gone else repeat(None))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __repr__(self) -> str:
+        return f"Changes({list(self)!r})"
+
+    def run(self, prefix: bytes) -> Run:
+        """The rows that are there now, as a store takes them."""
+        keys = [prefix + key for key in self.keys]
+        if not self.gone:
+            return Run(keys, cast(Sequence[bytes], self.values))
+        held = [(key, value) for key, value in zip(keys, self.values, strict=True) if value is not None]
+        return Run([key for key, _ in held], [value for _, value in held])
 
 
 def table_prefix(name: str) -> bytes:
@@ -112,28 +165,25 @@ class Overlay:
         stored = self._store.scan(prefix + start, table_stop(prefix) if stop is None else prefix + stop)
         return merged(((key[4:], value) for key, value in stored), own)
 
-    def changes(self) -> list[Change]:
+    def changes(self) -> Changes:
         """One change per changed key, in key order. A key that came and was deleted within the epoch is none."""
-        puts, gone = self._puts, self._gone
-        if not gone:
-            return [Change(key, puts[key]) for key in self._index()]
-        deleted = [key for key, how in gone.items() if how == "delete"]
-        stored = self._store.get_many([self.prefix + key for key in deleted])
-        never = {key for key, value in zip(deleted, stored, strict=True) if value is None}
-        return [
-            Change(key, value) if (value := puts.get(key)) is not None else Change(key, None, gone[key])
-            for key in self._index()
-            if key not in never
-        ]
+        puts, gone, keys = self._puts, self._gone, list(self._index())
+        if gone:
+            deleted = [key for key, how in gone.items() if how == "delete"]
+            stored = self._store.get_many([self.prefix + key for key in deleted])
+            never = {key for key, value in zip(deleted, stored, strict=True) if value is None}
+            keys = [key for key in keys if key not in never]
+            gone = {key: how for key, how in gone.items() if key not in never}
+        return Changes(keys, list(map(puts.get, keys)), gone)
 
     def writes(self, into: Writes) -> None:
         """Add the epoch to the task's one atomic write. The overlay is not changed: `drop` follows."""
-        prefix = self.prefix
+        prefix, puts = self.prefix, self._puts
         into.ranges.extend((prefix + start, prefix + stop) for start, stop in self._ranges)
         # Expired rows go by their range. A deleted one that never was in the store costs nothing but its key.
         into.deletes.update(prefix + key for key, how in self._gone.items() if how == "delete")
-        puts = self._puts
-        into.puts.update({prefix + key: puts[key] for key in self._index() if key in puts})  # in order: cheap to sort
+        keys = [key for key in self._index() if key in puts]
+        into.runs.append(Run([prefix + key for key in keys], [puts[key] for key in keys]))
 
     def drop(self) -> None:
         """Forget the epoch: committed (the store has it) or aborted (nobody has)."""

@@ -6,7 +6,7 @@ MessagePack has one kind of array and no sets, so inside *values* tuples, sets a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -14,11 +14,11 @@ from msgspec.msgpack import Ext
 
 from streamproc.core.errors import RowRefused
 
-__all__ = ["pack_key", "pack_value", "unpack_key", "unpack_value"]
+__all__ = ["pack_key", "pack_keys", "pack_value", "pack_values", "unpack_key", "unpack_value"]
 
 _TUPLE, _SET, _FROZENSET = 1, 2, 3
-_PLAIN: Final = frozenset({str, bytes, int, float, bool, type(None)})
-_PLAIN_KEYS: Final = frozenset({str, bytes, int, type(None)})
+_PLAIN: Final[frozenset[type]] = frozenset({str, bytes, int, float, bool, type(None)})
+_PLAIN_KEYS: Final[frozenset[type]] = frozenset({str, bytes, int, type(None)})
 """Of these types equal keys have equal bytes as they are."""
 _INT_MIN, _INT_MAX = -(1 << 63), (1 << 64) - 1
 _encode = msgspec.msgpack.Encoder().encode
@@ -54,6 +54,27 @@ def pack_value(value: Any, table: str, key: Any) -> bytes:
         except (OverflowError, UnicodeEncodeError):
             pass  # told below, with the table's name
     return _packed(_value, value, table, "the value of key", key)
+
+
+def pack_keys(keys: Sequence[Any], table: str) -> list[bytes]:
+    """Many times `pack_key`."""
+    return _packed_plainly(keys, _PLAIN_KEYS) or [pack_key(key, table) for key in keys]
+
+
+def pack_values(values: Sequence[Any], table: str, keys: Sequence[Any]) -> list[bytes]:
+    """Many times `pack_value`."""
+    plain = _packed_plainly(values, _PLAIN)
+    return plain or [pack_value(value, table, key) for value, key in zip(values, keys, strict=True)]
+
+
+def _packed_plainly(things: Sequence[Any], plain: frozenset[type]) -> list[bytes] | None:
+    """None if one of them needs more than its bytes, or cannot be packed: who it is is found one by one."""
+    if not plain.issuperset(map(type, things)):
+        return None
+    try:
+        return list(map(_encode, things))
+    except (OverflowError, UnicodeEncodeError):
+        return None
 
 
 def unpack_value(packed: bytes) -> Any:

@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -121,7 +122,12 @@ class RocksDBStore:
             start = page[-1][0] + b"\x00"
 
     def write(self, writes: Writes, meta: StoreMeta) -> None:
-        invariant(META_KEY not in writes.puts and META_KEY not in writes.deletes, "A row's key is the meta record's.")
+        ours = (
+            META_KEY in writes.puts
+            or META_KEY in writes.deletes
+            or any(META_KEY in run.keys[:1] for run in writes.runs)
+        )
+        invariant(not ours, "A row's key is the meta record's.")
         if self._refused is not None:
             raise OSError(self._refused.errno, f"{self._refused.strerror} (an earlier write; open the store again)")
         batch = WriteBatch(raw_mode=True)
@@ -133,6 +139,8 @@ class RocksDBStore:
         put, puts = batch.put, writes.puts
         for key in sorted(puts):
             put(key, puts[key])
+        for run in writes.runs:
+            deque(map(put, run.keys, run.values), maxlen=0)  # a loop in C
         batch.put(META_KEY, msgspec.msgpack.encode(meta))  # last: no range can take it away
         try:
             self._call(lambda db: db.write(batch))

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, overload
 
-from streamproc.core.batch import RawBatch
+from streamproc.avro.recordbatch import Columns, Spans
+from streamproc.core.batch import RawBatch, headers_of
 from streamproc.core.types import Offset, TopicPartition
 
 __all__ = [
     "Fetcher",
     "GroupListener",
     "Membership",
+    "OutColumns",
     "OutRecord",
     "PartitionOffsets",
     "TaskProducer",
@@ -31,6 +33,35 @@ class OutRecord(NamedTuple):
     value: bytes | None
     headers: tuple[tuple[str, bytes | None], ...] = ()
     timestamp_ms: int | None = None
+
+
+class OutColumns(Sequence[OutRecord]):
+    """Records to be written that are columns already: their batches are built in one go. An `OutRecord` is made only of
+    those that somebody asks for one by one."""
+
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns.timestamps)
+
+    @overload
+    def __getitem__(self, at: int) -> OutRecord: ...
+    @overload
+    def __getitem__(self, at: slice) -> OutColumns: ...
+    def __getitem__(self, at: int | slice) -> OutRecord | OutColumns:
+        if isinstance(at, slice):
+            return OutColumns(self.columns.part(at))
+        keys, values, headers, timestamps = self.columns
+        encoded = _bytes(headers, at)
+        return OutRecord(
+            _bytes(keys, at), _bytes(values, at), headers_of(encoded) if encoded else (), int(timestamps[at])
+        )
+
+
+def _bytes(spans: Spans, at: int) -> bytes | None:
+    start, length = int(spans.start[at]), int(spans.length[at])
+    return None if length < 0 else spans.buffer[start : start + length].tobytes()
 
 
 class PartitionOffsets(NamedTuple):

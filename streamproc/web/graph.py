@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from streamproc.eventtime.spec import FOREVER
 from streamproc.operators.plan import Dedupe, Expect, Filter, Node, Step, TablePlan, WithColumns
 from streamproc.runtime.topology import Group
 
@@ -69,6 +70,8 @@ def _walk(drawing: _Drawing, node: Node, before: str, path: str, group: str) -> 
     for table in node.tables:
         at = drawing.add("table", table.name, table.name, _table_told(table), group=f"table-{table.name}")
         drawing.join(before, at)
+    for topic in node.outputs:
+        drawing.join(before, drawing.add("sink", f"topic {topic}", topic, "topic"))
     for number, child in enumerate(node.children):
         _walk(drawing, child, before, f"{path}{number}/", group)
 
@@ -86,7 +89,8 @@ def _told(step: Step) -> tuple[str, str]:
 
 
 def _table_told(plan: TablePlan) -> str:
-    return f"{span(plan.window.size_ms)} by {', '.join(plan.keys)}"
+    keys = ", ".join(plan.keys)
+    return f"by {keys}" if plan.window == FOREVER else f"{span(plan.window.size_ms)} by {keys}"
 
 
 def _agents(drawing: _Drawing, group: Group) -> None:

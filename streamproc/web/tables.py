@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from streamproc.core import limits
+from streamproc.eventtime.spec import FOREVER
 from streamproc.runtime.inspect import HeldTable, Inspector, TableFacts
 from streamproc.web.answers import Question, Refused, nearest
 from streamproc.web.graph import span
@@ -169,7 +170,8 @@ def _declared(table: TableFacts) -> dict[str, Any]:
             "keys": {name: str(dtype) for name, dtype in keys.items()},
             "columns": {name: str(dtype) for name, dtype in columns.items()},
             "numeric": _numeric(table),
-            "window": f"tumbling {span(plan.window.size_ms)}", "window_ms": plan.window.size_ms,
+            "window": "none" if plan.window == FOREVER else f"tumbling {span(plan.window.size_ms)}",
+            "window_ms": plan.window.size_ms,
             "allowed_lateness": span(plan.allowed_lateness_ms), "retain": span(plan.retain_ms),
         }  # fmt: skip
     return told

@@ -26,23 +26,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from streamproc.core.errors import InvariantBroken
-from streamproc.state.contract import Store, StoreMeta, Writes
+from streamproc.state.contract import Run, Store, StoreMeta, Writes
 
 __all__ = ["StoreContract", "meta"]
 
 keys = st.binary(min_size=4, max_size=6).map(lambda key: bytes(byte % 3 for byte in key))
+
+
+def run_of(rows: dict[bytes, bytes]) -> Run:
+    return Run(sorted(rows), [rows[key] for key in sorted(rows)])
+
+
 steps = st.builds(
     Writes,
     puts=st.dictionaries(keys, st.binary(max_size=4), max_size=12),
     deletes=st.sets(keys, max_size=4),
     ranges=st.lists(st.tuples(keys, keys), max_size=2),
+    runs=st.lists(st.dictionaries(keys, st.binary(max_size=4), max_size=8).map(run_of), max_size=2),
 )
 
 KILLED = """
 import sys
 from pathlib import Path
 {code}
-from streamproc.state.contract import StoreMeta, Writes
+from streamproc.state.contract import Run, StoreMeta, Writes
 store = open_store(Path({path!r}))
 for epoch in range(1, 10_000_000):
     rows = {{b"row-%05d" % n: b"%d" % epoch for n in range(500)}}
@@ -63,6 +70,8 @@ def apply_plainly(rows: dict[bytes, bytes], writes: Writes) -> None:
     for key in writes.deletes:
         rows.pop(key, None)
     rows.update(writes.puts)
+    for run in writes.runs:
+        rows.update(zip(run.keys, run.values, strict=True))
 
 
 class StoreContract:

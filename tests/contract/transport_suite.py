@@ -19,6 +19,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 
+import numpy as np
 import pytest
 
 from contract.transport_kit import (
@@ -40,10 +41,11 @@ from contract.transport_kit import (
     take,
     unique,
 )
+from streamproc.avro.recordbatch import Columns
 from streamproc.core.batch import Headers
 from streamproc.core.errors import LogLost, ProduceRefused, ProducerFenced, UserError
 from streamproc.core.types import Offset, TopicPartition
-from streamproc.transport.contract import OutRecord, TopicSpec
+from streamproc.transport.contract import OutColumns, OutRecord, TopicSpec
 
 __all__ = ["OpenLog", "OpenTransport", "TransportContract"]
 
@@ -137,6 +139,30 @@ class RecordsContract:
             assert [(batch.key(i), batch.value(i), batch.headers(i)) for i in range(4)] == [r[:3] for r in sent]
             assert batch.timestamps[:3].tolist() == [1_000, 1_700_000_000_123, 999]
             assert batch.timestamps[3] > 1_600_000_000_000
+
+        play(open_transport, scenario)
+
+    def test_columns_are_written_as_their_records_would_be_in_a_transaction(
+        self, open_transport: OpenTransport
+    ) -> None:
+        async def scenario(log: OpenLog) -> None:
+            topic = await new_topic(log.transport, partitions=2)
+            source, target = TopicPartition(topic, 0), TopicPartition(topic, 1)
+            sent = [OutRecord(b"k%d" % i, None if i % 5 == 0 else b"v" * i, (("n", b"%d" % i),), i) for i in range(50)]
+            await log.transport.send({source: sent})
+            [read] = [batch async for batch in log.transport.read(source, Offset(0), Offset(50))]
+            producer = await new_producer(log.transport)
+            made = OutColumns(Columns.of(read, np.arange(0, 50, 2)))
+            assert await producer.produce({target: made}) == {target: 24}
+            assert await producer.produce({target: made[:3]}) == {target: 27}
+            await producer.end(commit=True)
+            found = [batch async for batch in log.transport.read(target, Offset(0), Offset(29))]
+            records = [
+                OutRecord(batch.key(i), batch.value(i), batch.headers(i), int(batch.timestamps[i]))
+                for batch in found
+                for i in range(len(batch))
+            ]
+            assert records == [*sent[::2], *sent[::2][:3]]
 
         play(open_transport, scenario)
 

@@ -75,7 +75,8 @@ async def read_outcome(cluster: Cluster, inputs: Collection[str], latest_ms: Map
         found.tables[str(name)] = read_table(cluster, str(name))
     groups = list(app.runtime.groups.values())
     found.side_topics = frozenset(topic for group in groups for topic in group.side_topics)
-    hidden = {spec.name for spec in internal_topics(groups)} - found.side_topics
+    outputs = {topic for group in groups for topic in group.outputs}
+    hidden = {spec.name for spec in internal_topics(groups)} - found.side_topics - outputs
     for topic in sorted(cluster.broker._log.topics):
         if topic not in hidden and topic not in inputs:
             found.topics[topic] = await read_topic(cluster, topic)

@@ -52,7 +52,7 @@ class KafkaTaskProducer:
 
     def __init__(self, wire: Wire, transactional_id: str) -> None:
         self._wire, self._id = wire, transactional_id
-        self._lane = ("transactions", zlib.crc32(transactional_id.encode()) % limits.TRANSACTION_LANES)
+        self._lane = ("transactions", _lane_of(transactional_id))
         self._producer_id = self._epoch = _NOT_FENCED_YET
         self._sequences: dict[TopicPartition, int] = {}
         self._joined: set[TopicPartition] = set()
@@ -212,6 +212,12 @@ class KafkaTaskProducer:
             return error
         how = "was cancelled" if isinstance(error, asyncio.CancelledError) else f"failed with {error!r}"
         return UnknownOutcome(f"An exchange of {self._id!r} {how} half-way. The next fence settles it.")
+
+
+def _lane_of(transactional_id: str) -> int:
+    """Always the same, and another for neighbouring partitions: the low bits alone of a CRC give them only two."""
+    spread = zlib.crc32(transactional_id.encode())
+    return (spread ^ spread >> 8 ^ spread >> 16 ^ spread >> 24) % limits.TRANSACTION_LANES
 
 
 def _partition_codes(answer: Any) -> list[int]:

@@ -1,0 +1,1 @@
+"""The jobs of our benchmarks on Faust, Quix Streams, Flink SQL and Kafka Streams."""
