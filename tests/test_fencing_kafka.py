@@ -13,7 +13,6 @@ import json
 import signal
 import struct
 import uuid
-import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -28,7 +27,6 @@ from demo.oracle import expect
 from streamproc import sinks
 from streamproc.app import App
 from streamproc.commit.ledger import CatchUp, Ledger, UpToDate, decide_claim
-from streamproc.core import limits
 from streamproc.core.clock import SystemClock
 from streamproc.core.errors import LedgerMoved, ProducerFenced
 from streamproc.core.types import Offset, TopicPartition
@@ -39,6 +37,7 @@ from streamproc.testing.kafka_server import KafkaServer
 from streamproc.testing.servers import EmbeddedPostgres, EmbeddedRedis
 from streamproc.transport.contract import OutRecord, TaskProducer, TopicSpec
 from streamproc.transport.kafka import KafkaTransport
+from streamproc.transport.kafka.txn import lane_of
 from tests.apps import new_app, running, until
 from tests.main_job import Place, differences, feed_kafka, place
 
@@ -345,7 +344,7 @@ def transactional_id(name: str, partition: int) -> str:
 def alone_on_its_connection(name: str) -> int:
     """A partition whose task shares its connection with no other: cutting it is a loss for that task only. (A task that
     does share it asks again, unless it waits for an answer to its own commit.)"""
-    lanes = [zlib.crc32(transactional_id(name, p).encode()) % limits.TRANSACTION_LANES for p in range(PARTITIONS)]
+    lanes = [lane_of(transactional_id(name, p)) for p in range(PARTITIONS)]
     return next(p for p, lane in enumerate(lanes) if lanes.count(lane) == 1)
 
 

@@ -144,6 +144,20 @@ def test_batches_that_aiokafka_built_are_read_whole(codec: int) -> None:
     assert len(batch.buffer) >= int(batch.headers_end[-1]) + BUFFER_SLACK
 
 
+@pytest.mark.parametrize("codec", [0, GZIP, SNAPPY, LZ4, ZSTD])
+def test_batches_that_unpack_to_far_more_than_they_weigh_are_read_whole(codec: int) -> None:
+    records = [OutRecord(b"%d" % i, b"v" * 20_000, (), i) for i in range(30)]
+    data = b""
+    for start in range(0, 30, 10):
+        builder = DefaultRecordBatchBuilder(2, codec, 0, -1, -1, -1, 1 << 20)
+        for delta, record in enumerate(records[start : start + 10]):
+            builder.append(delta, record.timestamp_ms, record.key, record.value, [])
+        data += struct.pack(">q", start) + bytes(builder.build())[8:]
+    batch = parsed(data)
+    assert rows_of(batch) == expected(records)
+    assert bytes(batch.buffer[-BUFFER_SLACK:]) == bytes(BUFFER_SLACK)
+
+
 def test_the_header_says_who_produced_it() -> None:
     data = build(
         [OutRecord(b"k", b"v" * 1000, (), 7), OutRecord(b"k", b"v", (), 3)],

@@ -169,14 +169,17 @@ class Task:
         """Processing time has gone on."""
         if self.phase is Phase.RUNNING and self.work is not None and not self._inbox:
             self.work.tick(monotonic_ms, self.env.fetcher.at_end)
+            if self.work.prompt and self.work.dirty:
+                self._wake.set()  # there may be time for its commit now
 
     @property
     def at_leisure(self) -> bool:
-        """Whether nothing waits for it behind the batch that came last."""
+        """Whether nothing waits for it behind the batch that came last. What a `prompt` work reads ends in the markers of
+        transactions, so that its end is seen late; load shows at the sources before it."""
         work = self.work
         if work is None or self.phase not in (Phase.RUNNING, Phase.HELD):
             return True
-        return len(self._inbox) <= 1 and all(self.env.fetcher.at_end(tp) for tp in work.resume_at())
+        return len(self._inbox) <= 1 and (work.prompt or all(map(self.env.fetcher.at_end, work.resume_at())))
 
     def close(self) -> bool:
         """Commit what is done and end; `run` returns when it is over. False: it has not started yet, so that there is

@@ -37,7 +37,7 @@ from streamproc.transport.kafka.codes import ASK_COORDINATOR_AGAIN, Code, name_o
 from streamproc.transport.kafka.produce import SEQUENCES, Writing, refusal
 from streamproc.transport.kafka.wire import Coordinator, NoAnswer, Retry, Wire, by_topic
 
-__all__ = ["KafkaTaskProducer"]
+__all__ = ["KafkaTaskProducer", "lane_of"]
 
 _MOVED = {Code.NOT_COORDINATOR, Code.COORDINATOR_NOT_AVAILABLE}
 _NOT_FENCED_YET = -1
@@ -52,7 +52,7 @@ class KafkaTaskProducer:
 
     def __init__(self, wire: Wire, transactional_id: str) -> None:
         self._wire, self._id = wire, transactional_id
-        self._lane = ("transactions", _lane_of(transactional_id))
+        self._lane = ("transactions", lane_of(transactional_id))
         self._producer_id = self._epoch = _NOT_FENCED_YET
         self._sequences: dict[TopicPartition, int] = {}
         self._joined: set[TopicPartition] = set()
@@ -214,8 +214,9 @@ class KafkaTaskProducer:
         return UnknownOutcome(f"An exchange of {self._id!r} {how} half-way. The next fence settles it.")
 
 
-def _lane_of(transactional_id: str) -> int:
-    """Always the same, and another for neighbouring partitions: the low bits alone of a CRC give them only two."""
+def lane_of(transactional_id: str) -> int:
+    """The connection, of `limits.TRANSACTION_LANES`, that a task's transactions go over: always the same, and another for
+    neighbouring partitions (the low bits of a CRC alone give four of them only two)."""
     spread = zlib.crc32(transactional_id.encode())
     return (spread ^ spread >> 8 ^ spread >> 16 ^ spread >> 24) % limits.TRANSACTION_LANES
 

@@ -1,0 +1,131 @@
+"""When an epoch ends: a table's owner does not let a result wait for a second interval while there is time; under load it
+does, so that its epochs are as large as the interval makes them. And what an epoch means to the sinks is computed once."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import streamproc as sp
+from streamproc.app import App
+from streamproc.core import limits
+from streamproc.core.types import TopicPartition
+from streamproc.runtime.ownerwork import OwnerWork
+from streamproc.runtime.runtime import Runtime
+from streamproc.runtime.task import Phase, Task
+from streamproc.testing.fake_sink import FakeSink
+from streamproc.transport.kafka.txn import lane_of
+from tests.apps import new_app, rows_of, running, until
+from tests.workers import T0, event, record
+
+
+def counting(app: App, *sinks: FakeSink) -> None:
+    events = app.topic("events", value_schema="event.avsc", partitions=1, event_time=sp.event_time("at"))
+    table = app.pipeline(events).group_by("country").window(sp.tumbling("1h"), allowed_lateness="30d")
+    table.agg(n=sp.count()).table("counts").sink(*sinks)
+
+
+def task_of(app: App, group: str) -> Task | None:
+    return next((task for task in app.runtime.tasks.values() if task.id.group.startswith(group)), None)
+
+
+async def started(app: App) -> tuple[Task, Task]:
+    """The task that reads and the one that owns the table, both at work."""
+    found = lambda: [task for task in (task_of(app, "read-"), task_of(app, "table-")) if task is not None]  # noqa: E731
+    await until(lambda: [task.phase for task in found()] == [Phase.RUNNING] * 2, "both tasks")
+    reader, owner = found()
+    return reader, owner
+
+
+async def send(app: App, folder: Path, country: str) -> None:
+    await app.runtime.transport.send({TopicPartition("events", 0): [record(event(folder, T0, country=country))]})
+
+
+async def commit_what_was_read(app: App, reader: Task) -> None:
+    await until(lambda: reader.work is not None and reader.work.dirty, "the record")
+    reader.commit_due()
+
+
+def test_a_result_waits_for_one_interval_and_not_for_two(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        counting(app := new_app(tmp_path, commit_interval="1h"), FakeSink())
+        async with running(app):
+            reader, _ = await started(app)
+            await send(app, tmp_path, "DE")
+            await commit_what_was_read(app, reader)
+            await until(lambda: [row["n"] for row in rows_of(app, "counts")] == [1], "the result")
+
+    asyncio.run(scenario())
+
+
+def test_under_load_a_table_commits_at_the_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runtime, "_at_leisure", lambda self: False)
+
+    async def scenario() -> None:
+        counting(app := new_app(tmp_path, commit_interval="1h"), FakeSink())
+        async with running(app):
+            reader, owner = await started(app)
+            for country in ("DE", "FR"):
+                before = owner.work.size_bytes if owner.work is not None else 0
+                await send(app, tmp_path, country)
+                await commit_what_was_read(app, reader)
+                await until(lambda held=before: owner.work and owner.work.size_bytes > held, "the owner to merge it")
+            assert rows_of(app, "counts") == []
+            owner.commit_due()
+            await until(lambda: len(rows_of(app, "counts")) == 2, "the results")
+
+    asyncio.run(scenario())
+
+
+def test_commits_ahead_of_the_interval_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "EARLY_COMMITS_MAX", 3)
+
+    async def scenario() -> None:
+        counting(app := new_app(tmp_path, commit_interval="1h"), FakeSink())
+        async with running(app):
+            reader, owner = await started(app)
+            before = owner.view.commits
+            for at in range(5):
+                await send(app, tmp_path, f"C{at}")
+                await commit_what_was_read(app, reader)
+                await until(lambda at=at: len(rows_of(app, "counts")) > at or owner.work.size_bytes > 0, "its turn")
+            assert owner.view.commits - before <= 3
+            assert len(rows_of(app, "counts")) < 5
+            owner.commit_due()
+            await until(lambda: len(rows_of(app, "counts")) == 5, "the last result")
+
+    asyncio.run(scenario())
+
+
+def test_what_two_sinks_are_told_alike_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    results = OwnerWork.results
+
+    def noted(self: OwnerWork, rows: Any) -> Any:
+        frame = results(self, rows)
+        computed.append(frame.height)
+        return frame
+
+    one, other = FakeSink(), FakeSink("other")
+
+    async def scenario() -> None:
+        counting(app := new_app(tmp_path, commit_interval="1h"), one, other)
+        async with running(app):
+            reader, _ = await started(app)
+            monkeypatch.setattr(OwnerWork, "results", noted)
+            await send(app, tmp_path, "DE")
+            await commit_what_was_read(app, reader)
+            await until(lambda: one.rows.get("counts") and other.rows.get("counts"), "both sinks")
+
+    asyncio.run(scenario())
+    assert one.rows == other.rows
+    assert computed == [1]
+
+
+@pytest.mark.parametrize("group", ["shop:read-orders", "shop:table-revenue", "flights:agents"])
+def test_neighbouring_partitions_have_connections_of_their_own(group: str) -> None:
+    neighbours = range(limits.TRANSACTION_LANES)
+    assert {lane_of(f"{group}:{partition}") for partition in neighbours} == set(neighbours)
