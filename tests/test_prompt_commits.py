@@ -40,13 +40,17 @@ async def started(app: App) -> tuple[Task, Task]:
     return reader, owner
 
 
-async def send(app: App, folder: Path, country: str) -> None:
-    await app.runtime.transport.send({TopicPartition("events", 0): [record(event(folder, T0, country=country))]})
+async def read_and_commit(app: App, reader: Task, folder: Path, country: str) -> None:
+    """One event of ``country``, committed by the task that reads; only by it."""
+    tp = TopicPartition("events", 0)
+    before = reader.committed_position(tp) or 0
+    await app.runtime.transport.send({tp: [record(event(folder, T0, country=country))]})
 
+    def committed() -> bool:
+        reader.commit_due()
+        return (reader.committed_position(tp) or 0) > before
 
-async def commit_what_was_read(app: App, reader: Task) -> None:
-    await until(lambda: reader.work is not None and reader.work.dirty, "the record")
-    reader.commit_due()
+    await until(committed, "the record to be committed")
 
 
 def test_a_result_waits_for_one_interval_and_not_for_two(tmp_path: Path) -> None:
@@ -54,8 +58,7 @@ def test_a_result_waits_for_one_interval_and_not_for_two(tmp_path: Path) -> None
         counting(app := new_app(tmp_path, commit_interval="1h"), FakeSink())
         async with running(app):
             reader, _ = await started(app)
-            await send(app, tmp_path, "DE")
-            await commit_what_was_read(app, reader)
+            await read_and_commit(app, reader, tmp_path, "DE")
             await until(lambda: [row["n"] for row in rows_of(app, "counts")] == [1], "the result")
 
     asyncio.run(scenario())
@@ -70,8 +73,7 @@ def test_under_load_a_table_commits_at_the_interval(tmp_path: Path, monkeypatch:
             reader, owner = await started(app)
             for country in ("DE", "FR"):
                 before = owner.work.size_bytes if owner.work is not None else 0
-                await send(app, tmp_path, country)
-                await commit_what_was_read(app, reader)
+                await read_and_commit(app, reader, tmp_path, country)
                 await until(lambda held=before: owner.work and owner.work.size_bytes > held, "the owner to merge it")
             assert rows_of(app, "counts") == []
             owner.commit_due()
@@ -89,8 +91,7 @@ def test_commits_ahead_of_the_interval_are_bounded(tmp_path: Path, monkeypatch: 
             reader, owner = await started(app)
             before = owner.view.commits
             for at in range(5):
-                await send(app, tmp_path, f"C{at}")
-                await commit_what_was_read(app, reader)
+                await read_and_commit(app, reader, tmp_path, f"C{at}")
                 await until(lambda at=at: len(rows_of(app, "counts")) > at or owner.work.size_bytes > 0, "its turn")
             assert owner.view.commits - before <= 3
             assert len(rows_of(app, "counts")) < 5
@@ -116,8 +117,7 @@ def test_what_two_sinks_are_told_alike_is_computed_once(tmp_path: Path, monkeypa
         async with running(app):
             reader, _ = await started(app)
             monkeypatch.setattr(OwnerWork, "results", noted)
-            await send(app, tmp_path, "DE")
-            await commit_what_was_read(app, reader)
+            await read_and_commit(app, reader, tmp_path, "DE")
             await until(lambda: one.rows.get("counts") and other.rows.get("counts"), "both sinks")
 
     asyncio.run(scenario())
