@@ -25,6 +25,7 @@ import msgspec
 import streamproc as sp
 from benchmarks.orders import PARTITIONS
 from benchmarks.profile_sampler import SESSION, Sampler
+from streamproc.core import limits
 from streamproc.core.types import Offset, TopicPartition
 from streamproc.transport.contract import Fetcher, Transport
 
@@ -51,6 +52,8 @@ class Settings(msgspec.Struct, frozen=True):
     records: int = 0
     """In the topic before the worker starts; 0: nobody measures."""
     commit_interval_s: float = 1.0
+    fetch_bytes_max: int = limits.FETCH_PARTITION_BYTES_MAX
+    """Of a partition at a time; a task commits between two batches at the earliest."""
     redis: str = ""
     postgres: str = ""
     profile: str = ""
@@ -80,6 +83,7 @@ class MeasuredApp(sp.App):
             datadir=Path(told.folder),
             topic_disable_leader=True,
         )
+        limits.FETCH_PARTITION_BYTES_MAX = told.fetch_bytes_max  # type: ignore[misc]  # of this process alone
         self.told = told
         self._done = done
         self._profile = _profile(told.profile)

@@ -27,6 +27,7 @@ from benchmarks import distinct_job, oracle, pipeline_job, results
 from benchmarks.marks import TOPIC, Settings
 from benchmarks.orders import PARTITIONS, Orders, orders
 from benchmarks.worker import Measured, measure
+from streamproc.core import limits
 from streamproc.core.clock import Clock, SystemClock
 from streamproc.core.errors import UserError
 from streamproc.core.types import TopicPartition
@@ -44,6 +45,7 @@ FULL_RECORDS: Final = 2_000_000
 COMMIT_INTERVAL_S: Final = 0.25
 """Of a run of `FULL_RECORDS`; shorter ones commit more often, so that there is something to commit in time."""
 COMMIT_INTERVAL_S_MIN: Final = 0.02
+FETCH_BYTES_MIN: Final = 128 * 1024
 WARM_RECORDS: Final = 20_000
 SEND_RECORDS: Final = 20_000
 PACKAGES: Final = (
@@ -95,6 +97,7 @@ def run(
             broker=log.broker, folder=str(folder / "state"), app_id=f"benchmark-{name}-{number}",
             topic=f"{TOPIC}-{number}", records=records,
             commit_interval_s=commit_interval_s(records) if interval_s is None else interval_s, profile=profile,
+            fetch_bytes_max=fetch_bytes_max(records),
         )  # fmt: skip
         _warm_up(name, told, log, folder, clock, say)
         if name in WITH_SINKS:
@@ -112,6 +115,14 @@ def commit_interval_s(records: int) -> float:
     """Between two commits of a task."""
     share = COMMIT_INTERVAL_S * records / FULL_RECORDS
     return max(COMMIT_INTERVAL_S_MIN, min(round(share, 3), COMMIT_INTERVAL_S))
+
+
+def fetch_bytes_max(records: int) -> int:
+    """In proportion, as the interval: a short run is to have as many epochs."""
+    return min(
+        max(limits.FETCH_PARTITION_BYTES_MAX * records // FULL_RECORDS, FETCH_BYTES_MIN),
+        limits.FETCH_PARTITION_BYTES_MAX,
+    )
 
 
 def require_commits(name: str, measured: Measured) -> int:

@@ -300,7 +300,7 @@ LARGE = """
 import os, pathlib, random, streamproc as sp
 from streamproc.core import limits
 
-limits.EPOCH_BYTES_MAX = limits.STORE_CACHE_BYTES = int(os.environ["MEMORY"])
+limits.EPOCH_BYTES_MAX = limits.STORE_CACHE_BYTES = limits.TABLE_KEPT_BYTES_MAX = int(os.environ["MEMORY"])
 app = sp.App("large", broker="embedded://log", commit_interval=os.environ["INTERVAL"], datadir="state",
              topic_disable_leader=True)
 rows = app.Table("rows")

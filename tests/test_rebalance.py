@@ -147,7 +147,7 @@ ROWS, EPOCHS = 400, 8
 
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """An epoch is read, and written, at a time."""
-    monkeypatch.setattr("streamproc.transport.embedded.fetcher.FETCH_PARTITION_BYTES_MAX", 1)
+    monkeypatch.setattr("streamproc.core.limits.FETCH_PARTITION_BYTES_MAX", 1)
     monkeypatch.setattr(limits, "RESTORE_WRITE_BYTES_MAX", 1)
 
 

@@ -6,9 +6,9 @@ import asyncio
 import types
 from collections.abc import AsyncIterator, Callable, Generator
 
+from streamproc.core import limits
 from streamproc.core.batch import RawBatch
 from streamproc.core.errors import BrokerUnavailable
-from streamproc.core.limits import FETCH_PARTITION_BYTES_MAX
 from streamproc.core.types import Offset, TopicPartition
 from streamproc.transport.embedded.log import Log
 
@@ -96,7 +96,7 @@ class EmbeddedFetcher:
             if begin <= position <= end and position >= stable:
                 self._reached[tp] = position
                 continue
-            batch = self._log.fetch(tp, position, FETCH_PARTITION_BYTES_MAX)
+            batch = self._log.fetch(tp, position, limits.FETCH_PARTITION_BYTES_MAX)
             del self._positions[tp]  # to the back
             self._positions[tp] = self._reached[tp] = batch.next_position
             return batch
@@ -118,7 +118,7 @@ async def read_between(
         position = Offset(max(start, log.offsets(tp).begin))
         while position < stop:
             changed.clear()
-            batch = _before(log.fetch(tp, position, FETCH_PARTITION_BYTES_MAX), stop)
+            batch = _before(log.fetch(tp, position, limits.FETCH_PARTITION_BYTES_MAX), stop)
             if batch.next_position == position:
                 await changed.wait()
                 continue
