@@ -18,7 +18,7 @@ from simulation.seeds import points, prepare, run_seeds
 __all__ = ["main"]
 
 TOLD_EVERY = 250
-ALL_STEPS_FROM = 1_000
+ALL_STEPS_FROM = 2_000
 """Runs of at least so many seeds fail if a step was never died at."""
 SAME_EVERYWHERE = {"PYTHONHASHSEED": "0", "POLARS_MAX_THREADS": "1"}
 """What a seed's course depends on, or would be slowed by, beside the seed."""
