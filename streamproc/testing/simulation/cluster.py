@@ -223,6 +223,7 @@ class Cluster:
         await app.stop()
         starting.cancel()
         self.say(f"{worker.name} has stopped" + (f": {worker.reason}" if worker.reason else ""))
+        self.loop.kill(worker.process)  # its process ends: what it has left running does not go on
 
     def _adapt(self, app: App, worker: Worker) -> None:
         """Put the simulated outside in the place of the real one."""
