@@ -42,6 +42,7 @@ SMALL = {
     "BARRIER_TIMEOUT_S": 2.0,
     "REVOKE_S": 3.0,
     "SINK_QUEUE_EPOCHS_MAX": 4,
+    "RETRY_BACKOFF_S_MAX": 0.5,
 }
 """Bounds made so small that a short run meets them."""
 _points: list[str] = []
