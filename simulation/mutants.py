@@ -154,7 +154,7 @@ _ALL = (
                "        self._open_work()\n"),
     )),
     Mutant("purged-window-made-again", "a purged window is never made again", (
-        ("operators/windowtable.py", "        late = {start for start in set(starts) if self._is_late(start, watermark)}\n",
+        ("operators/windowtable.py", "        late = {start for start in found if self._is_late(start, watermark)}\n",
                                      "        late = set()\n"),
     )),
     Mutant("idle-by-the-owner-s-clock", "only an upstream task knows that it is idle", (

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamproc.avro.recordbatch import spans
 from streamproc.core import limits
 from streamproc.core.errors import InvariantBroken, UserError
 from streamproc.core.hash128 import hash_value_python
@@ -21,19 +22,16 @@ from streamproc.core.partitioner import partition_of
 from streamproc.core.types import NO_WATERMARK
 from streamproc.eventtime.spec import Tumbling
 from streamproc.operators import aggregates, kernels
-from streamproc.operators.accumulate import PartialAggregator, warm_up
+from streamproc.operators.accumulate import PartialAggregator
 from streamproc.operators.accumulators import ordered_from, to_ordered
 from streamproc.operators.aggregates import check_plan, result_columns, result_dtype
+from streamproc.operators.bytecolumns import byte_order, cut, gather
 from streamproc.operators.contract import Partial, PartialHeader
+from streamproc.operators.groupkeys import decode_group_key, encode_group_key, encode_group_keys
 from streamproc.operators.groups import GroupIndex
-from streamproc.operators.partials import (
-    PartialRows,
-    decode_group_key,
-    decode_partial,
-    encode_group_key,
-    encode_partial,
-)
+from streamproc.operators.partials import PartialRows, decode_partial, encode_partial
 from streamproc.operators.plan import Agg, TablePlan
+from streamproc.runtime.warm import warm_up
 
 INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
 FLOATS = st.floats(allow_nan=True, allow_infinity=True) | st.sampled_from([0.1, -0.1, 1e308, -1e308, 5e-324, -0.0])
@@ -50,7 +48,7 @@ def table(aggs: dict[str, Agg], inputs: dict[str, Any], keys: dict[str, Any] | N
 @pytest.fixture(autouse=True, scope="module")
 def _compiled() -> None:
     """Compiling is no part of the time that one example may take."""
-    warm_up()
+    warm_up(pipelines=True)
 
 
 # ---- what may be declared
@@ -291,6 +289,44 @@ def test_group_keys_come_back(values: tuple[Any, ...]) -> None:
 def test_group_key_bytes_are_fixed_for_ever() -> None:
     values = ("a", -1, None, date(1970, 1, 2), datetime(1970, 1, 1, 0, 0, 1, tzinfo=UTC), time(0, 0, 1))
     assert encode_group_key(values, KEYS).hex() == "96a161ffc001ce000f4240ce3b9aca00"
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.none() | st.text(max_size=40) | st.sampled_from(["x" * n for n in (31, 32, 255, 256, 65535, 65536)]),
+            st.none()
+            | INT64
+            | st.sampled_from([s * (1 << n) + d for n in range(63) for d in (-1, 0, 1) for s in (-1, 1)]),
+            st.none() | st.integers(0, (1 << 64) - 1),
+            st.none() | st.booleans(),
+            st.none() | st.dates(),
+        ),
+        max_size=8,
+    ),
+    width=st.integers(1, 5),
+)
+def test_group_keys_of_many_rows_are_those_of_each(rows: list[tuple[Any, ...]], width: int) -> None:
+    keys = dict(zip("tiubd", (pl.String(), pl.Int64(), pl.UInt64(), pl.Boolean(), pl.Date()), strict=True))
+    keys = dict(list(keys.items())[:width])
+    frame = pl.DataFrame([row[:width] for row in rows], schema=keys, orient="row")
+    assert cut(encode_group_keys(frame, len(rows))) == [encode_group_key(row[:width], keys) for row in rows]
+
+
+def test_a_table_without_group_keys_has_one_key_and_one_with_many_has_a_longer_head() -> None:
+    assert cut(encode_group_keys(pl.DataFrame(), 2)) == [encode_group_key([], {})] * 2
+    many = {str(n): pl.Int64() for n in range(20)}
+    frame = pl.DataFrame({name: [n] for n, name in enumerate(many)})
+    assert cut(encode_group_keys(frame, 1)) == [encode_group_key(range(20), many)]
+
+
+@given(st.lists(st.binary(max_size=20) | st.sampled_from([b"", b"\0", b"\0\0", b"a" * 8, b"a" * 8 + b"\0", b"a" * 9])))
+def test_byte_strings_are_ordered_gathered_and_cut_as_bytes_are(values: list[bytes]) -> None:
+    column = spans(values)
+    order = byte_order(column)
+    assert [values[at] for at in order.tolist()] == sorted(values)
+    assert cut(gather(column, order)) == sorted(values)
 
 
 # ---- partials

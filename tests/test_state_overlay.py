@@ -165,6 +165,45 @@ def test_an_expired_row_put_again_and_deleted_is_a_deletion() -> None:
     assert commit(overlay, store) == [Change(b"a", None, "delete")]
 
 
+@pytest.mark.parametrize("then", ["nothing", "get", "scan", "put", "delete", "expire"])
+def test_rows_put_all_at_once_are_rows_like_any_other(then: str) -> None:
+    overlay, store = overlay_over({b"b": b"0", b"x": b"9"})
+    before = overlay.size_bytes
+    overlay.put_new([b"a", b"b"], [b"1", b"2"])
+    assert overlay.size_bytes == before + 4
+    wanted: list[Change] = [Change(b"a", b"1"), Change(b"b", b"2")]
+    match then:
+        case "get":
+            assert (overlay.get(b"a"), overlay.get(b"c")) == (b"1", None)
+        case "scan":
+            assert list(overlay.scan(b"", None)) == [(b"a", b"1"), (b"b", b"2"), (b"x", b"9")]
+        case "put":
+            overlay.put(b"b", b"3")
+            overlay.put_new([b"c"], [b"4"])
+            wanted = [Change(b"a", b"1"), Change(b"b", b"3"), Change(b"c", b"4")]
+        case "delete":
+            overlay.delete(b"b")
+            wanted = [Change(b"a", b"1"), Change(b"b", None, "delete")]
+        case "expire":
+            overlay.expire(b"b", b"y")
+            wanted = [Change(b"a", b"1"), Change(b"b", None, "expire"), Change(b"x", None, "expire")]
+    replica = {b"b": b"0", b"x": b"9"}
+    changes = commit(overlay, store)
+    assert changes == wanted
+    for key, value, _ in changes:
+        replica.pop(key, None)
+        replica |= {} if value is None else {key: value}
+    assert {key[4:]: value for key, value in store.scan(b"", None)} == replica == dict(overlay.scan(b"", None))
+    assert overlay.size_bytes == 0
+
+
+def test_rows_put_all_at_once_are_forgotten_with_their_epoch() -> None:
+    overlay, _ = overlay_over({})
+    overlay.put_new([b"a"], [b"1"])
+    overlay.drop()
+    assert (overlay.get(b"a"), overlay.changes(), overlay.size_bytes) == (None, [], 0)
+
+
 def test_expiry_is_a_range_of_the_store_not_a_key_each() -> None:
     overlay, _ = overlay_over({b"%03d" % n: b"" for n in range(100)})
     overlay.expire(b"", b"050")

@@ -22,10 +22,11 @@ from streamproc.eventtime.spec import EventTime, Tumbling
 from streamproc.eventtime.watermark import MinWatermark, SourceClock
 from streamproc.eventtime.windows import WindowState, assign, late_mask, window_ends
 from streamproc.operators import accumulators, aggregates, windowtable
-from streamproc.operators.accumulate import PartialAggregator, warm_up
-from streamproc.operators.partials import decode_partial, encode_group_key
+from streamproc.operators.accumulate import PartialAggregator
+from streamproc.operators.groupkeys import encode_group_key
+from streamproc.operators.partials import decode_partial
 from streamproc.operators.plan import Agg, Filter, TablePlan, WithColumns
-from streamproc.operators.tablerows import EPOCH, STATE, VISIBLE, RowLayout, TableRows, is_row
+from streamproc.operators.tablerows import EPOCH, STATE, VISIBLE, Row, RowLayout, TableRows, is_row
 from streamproc.operators.windowtable import LateAggregate, WindowTable, result_shape
 
 KEYS = {"s": pl.String(), "b": pl.Boolean()}
@@ -51,7 +52,7 @@ SCHEMA = {**KEYS, **INPUTS}
 @pytest.fixture(autouse=True, scope="module")
 def _compiled() -> None:
     """Compiling is no part of the time that one example may take."""
-    warm_up()
+    windowtable.warm_up(State())
 
 
 def plan(aggs: dict[str, Agg] = AGGS, **more: Any) -> TablePlan:
@@ -75,6 +76,10 @@ class State:
 
     def put(self, key: bytes, value: bytes) -> None:
         self.rows[key] = value
+
+    def put_new(self, keys: list[bytes], values: list[bytes]) -> None:
+        assert keys == sorted(set(keys))
+        self.rows.update(zip(keys, values, strict=True))
 
     def delete(self, key: bytes) -> None:
         del self.rows[key]
@@ -485,7 +490,7 @@ def test_an_epoch_writes_only_what_is_new_of_a_set() -> None:
     assert [row["u"] for row in owner.rows()] == [5]
 
 
-@pytest.mark.parametrize("bytes_max", [0, 700, 1 << 20])
+@pytest.mark.parametrize("bytes_max", [0, 400, 1 << 20])
 def test_rows_of_the_last_epochs_are_read_from_the_state_only_if_they_were_too_many_to_keep(
     bytes_max: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -498,9 +503,19 @@ def test_rows_of_the_last_epochs_are_read_from_the_state_only_if_they_were_too_m
     for keys in ("ab", "abcdef", "a", "abcdef"):
         owner.apply([one(1, key) for key in keys])
         owner.commit()
-        assert owner.table._clean_bytes <= bytes_max
+        assert owner.table._cache.size_bytes <= bytes_max
     assert {row["s"]: row["n"] for row in owner.rows()} == {"a": 4, "b": 3, "c": 2, "d": 2, "e": 2, "f": 2}
-    assert read == {0: {"new": 6, "old": 9}, 700: {"new": 6, "old": 6}, 1 << 20: {"new": 6}}[bytes_max]
+    assert read == {0: {"new": 4, "old": 9}, 400: {"old": 6}, 1 << 20: {}}[bytes_max]
+
+
+def test_a_new_windows_rows_are_not_looked_for_in_the_state_and_an_old_ones_are() -> None:
+    owner = Owner(plan({"n": Agg("count")}))
+    owner.apply([one(1, "a")])
+    owner.commit()
+    owner.table.restore()
+    owner.apply([one(1, "a"), one(1, "b"), one(11, "a")])
+    owner.commit()
+    assert sorted(row["n"] for row in owner.rows()) == [1, 1, 2]
 
 
 def test_sets_that_do_not_fit_the_cache_are_read_back() -> None:
@@ -603,8 +618,7 @@ def test_sum_beyond_int64_is_an_error_that_names_the_key_only_when_it_is_the_res
 
 def test_row_layout_comes_back_and_is_fixed_for_ever() -> None:
     layout = RowLayout(plan({"n": Agg("count"), "f": Agg("mean", "f"), "m": Agg("max", "i"), "t": Agg("min", "t")}))
-    row = layout.fresh()
-    row.state, row.epoch, row.values = WindowState.CLOSED, 7, [3, (2, 0, 3 << 1073), -1, "é"]
+    row = Row(WindowState.CLOSED, 7, [3, (2, 0, 3 << 1073), -1, "é"])
     value = layout.encode(row)
     assert value.hex() == (
         "01" "01" "0000000000000007" "0000000000000003" "0000000000000002" "00" "0431" "0001"
@@ -612,3 +626,49 @@ def test_row_layout_comes_back_and_is_fixed_for_ever() -> None:
     )  # fmt: skip
     assert layout.decode(value) == row
     assert layout.stamp(layout.restamp(value, WindowState.FINAL, 9)) == (WindowState.FINAL, 9)
+
+
+# ---- rows as columns against rows one by one
+
+WHOLES = {name: AGGS[name] for name in ("n", "n_f", "sum_i", "mean_i", "min_f", "max_d", "max_u")}
+RECORDS = st.fixed_dictionaries(
+    {
+        "at": st.sampled_from([1, 2, 11]),
+        "s": st.sampled_from(["a", "b", None, "a longer text than eight bytes", "a longer text than eight bytes!"]),
+        "b": st.booleans(),
+        "i": st.none() | st.integers(-(1 << 63), (1 << 63) - 1),
+        "f": st.none() | st.floats(),
+        "d": st.none() | st.dates(date(1, 1, 1), date(9999, 1, 1)),
+        "t": st.none() | st.text(max_size=3),
+        "u": st.none() | st.integers(0, (1 << 64) - 1),
+    }
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(epochs=st.lists(st.lists(RECORDS, max_size=8), min_size=1, max_size=3), names=st.sampled_from([WHOLES, AGGS]))
+def test_rows_merged_as_columns_are_those_that_cells_merge_one_by_one(
+    epochs: list[list[dict[str, Any]]], names: dict[str, Agg]
+) -> None:
+    table = plan({name: agg for name, agg in names.items() if agg.kind != "count_distinct"})
+    owner, layout = Owner(table), RowLayout(table)
+    wanted: dict[bytes, list[Any]] = {}
+    for number, records in enumerate(epochs, 1):
+        touched: set[bytes] = set()
+        for payload in owner.payload(records):
+            _, rows = decode_partial(payload)
+            at = 2
+            keys = [
+                windowtable.window_prefix(s) + k for s, k in zip(rows.integers(0).tolist(), rows.blobs(1), strict=True)
+            ]
+            touched.update(keys)
+            for cell_number, cell in enumerate(layout.cells):
+                for key, theirs in zip(keys, cell.load(rows, at), strict=True):
+                    values = wanted.setdefault(key, [cell.empty for cell in layout.cells])
+                    values[cell_number] = cell.merge(values[cell_number], theirs)
+                at += cell.width
+            owner.table.apply(*decode_partial(payload), NO_WATERMARK)
+        owner.commit()
+        for key in touched:
+            assert owner.state.rows[key] == layout.encode(Row(WindowState.OPEN, number, wanted[key]))
+    assert {key: layout.decode(value).values for key, value in owner.state.rows.items()} == wanted

@@ -30,7 +30,7 @@ from streamproc.commit.start import least_positions, next_record
 from streamproc.core.errors import UserError
 from streamproc.core.partitioner import partition_of
 from streamproc.core.types import TopicPartition
-from streamproc.operators.partials import encode_group_key
+from streamproc.operators.groupkeys import encode_group_key
 from streamproc.runtime.start import last_commit
 from streamproc.runtime.topology import Group, internal_topics
 from streamproc.runtime.work import SinkUse, StateTable

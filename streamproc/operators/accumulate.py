@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import polars as pl
 
+from streamproc.avro.recordbatch import Spans as KeySpans
 from streamproc.core.batch import I64
 from streamproc.core.hash128 import U64
 from streamproc.core.limits import INTERNAL_BATCH_BYTES_MAX
@@ -15,12 +16,13 @@ from streamproc.eventtime.spec import Tumbling
 from streamproc.operators.accumulators import Accumulator, Distinct, Spans, accumulator_of, span_column
 from streamproc.operators.aggregates import check_plan
 from streamproc.operators.contract import Partial, PartialHeader
+from streamproc.operators.groupkeys import encode_group_keys
 from streamproc.operators.groups import GroupIndex
-from streamproc.operators.kernels import insert_hashes, partitions_of
-from streamproc.operators.partials import FORMAT, Column, encode_group_keys, encode_partial, int64_column, texts_column
+from streamproc.operators.kernels import partitions_of
+from streamproc.operators.partials import FORMAT, Column, encode_partial, int64_column, spans_column
 from streamproc.operators.plan import Agg, TablePlan
 
-__all__ = ["PartialAggregator", "warm_up"]
+__all__ = ["PartialAggregator", "example_plan", "example_rows"]
 
 _ROWS_BYTES_MAX: Final = INTERNAL_BATCH_BYTES_MAX - 8 * 1024
 """Rows of one payload: what its head, its columns' heads and the record batch take is left free."""
@@ -94,14 +96,13 @@ class PartialAggregator:
 
     def _ship(self, head: PartialHeader, changed: bool) -> Iterator[Partial]:
         keys = encode_group_keys(self._groups.keys, len(self._groups))
-        lengths = np.fromiter(map(len, keys), np.int64, len(keys))
-        homes = np.empty(len(keys), np.int64)
-        partitions_of(np.frombuffer(b"".join(keys), np.uint8), np.cumsum(lengths), self._plan.partitions, homes)
+        homes = np.empty(len(self._groups), np.int64)
+        partitions_of(keys.buffer, keys.start + keys.length, self._plan.partitions, homes)
         hashes = [one.sorted(len(self._groups)) for one in self._distinct]
         for destination in range(self._plan.partitions):
             gids = np.flatnonzero(homes == destination) + 1
             if len(gids) or changed:
-                rows = self._rows(gids, [spans for spans, _ in hashes], lengths)
+                rows = self._rows(gids, [spans for spans, _ in hashes], keys.length)
                 parts = self._parts(rows)
                 yield Partial(
                     destination,
@@ -148,11 +149,11 @@ class PartialAggregator:
         return parts
 
     def _payload(
-        self, head: PartialHeader, part: int, parts: int, rows: _Rows, keys: list[bytes], ids: list[U64]
+        self, head: PartialHeader, part: int, parts: int, rows: _Rows, keys: KeySpans, ids: list[U64]
     ) -> bytes:
         columns: list[Column] = [
             int64_column(self._groups.window_starts[rows.owners - 1]),
-            texts_column([keys[gid - 1] for gid in rows.owners.tolist()]),
+            spans_column(keys, rows.owners - 1),
         ]
         spans = zip(rows.spans, ids, strict=True)
         for accumulator in self._accumulators:
@@ -171,14 +172,16 @@ def _columns(one: Accumulator | Distinct, values: I64, spans: Iterator[tuple[Spa
     return [span_column((starts - first, stops - first), hashes[first:last])]
 
 
-def warm_up() -> None:
-    """Compile or load every kernel of this module; called at start, off the way of the first record."""
+def example_plan() -> TablePlan:
+    """A table with an aggregate of every kind that is compiled, to warm up with."""
     inputs: dict[str, pl.DataType] = {"i": pl.Int64(), "f": pl.Float64()}
     kinds: list[Agg] = [Agg("count"), Agg("count_distinct", "i")]
     kinds += [Agg("sum", "i"), Agg("sum", "f"), Agg("min", "i"), Agg("max", "f")]
     aggs = {str(n): agg for n, agg in enumerate(kinds)}
-    plan = TablePlan("warm-up", {"i": pl.Int64()}, Tumbling(1), 0, 0, aggs, inputs, (), 1, "", "")
-    aggregator = PartialAggregator(plan)
-    aggregator.add(pl.DataFrame({"i": [1, 2], "f": [1.0, 2.0]}), np.zeros(2, np.int64))
-    aggregator.drain(0, 1, 1, 0, False)
-    insert_hashes(np.zeros((2, 2), np.uint64), np.ones((1, 2), np.uint64), np.empty(1, np.bool_))
+    keys: dict[str, pl.DataType] = {"i": pl.Int64(), "t": pl.String()}
+    return TablePlan("warm-up", keys, Tumbling(1), 0, 0, aggs, inputs, (), 1, "", "")
+
+
+def example_rows() -> pl.DataFrame:
+    """Two records of it."""
+    return pl.DataFrame({"i": [1, 2], "f": [1.0, 2.0], "t": ["a", "b"]})

@@ -22,6 +22,9 @@ class KeyedState(Protocol):
 
     def put(self, key: bytes, value: bytes) -> None: ...
 
+    def put_new(self, keys: list[bytes], values: list[bytes]) -> None:
+        """Many times `put`: keys in ascending order that the epoch has not changed before."""
+
     def delete(self, key: bytes) -> None:
         """A deletion in its own right: sinks see it."""
 

@@ -1,4 +1,4 @@
-"""What travels through a repartition topic: group keys and partial aggregates as bytes. Format 1 is final.
+"""What travels through a repartition topic: partial aggregates as bytes. Format 1 is final.
 
 A payload is::
 
@@ -8,24 +8,24 @@ A payload is::
             BYTES  u32 length of each row's value, then the values
             FIXED  the same number of bytes for every row
 
-Column 0 holds window starts, column 1 group keys, then each aggregate's in the plan's order (`accumulators`). The same
-group may stand in several rows of one epoch: rows are merged, never replaced.
+Column 0 holds window starts, column 1 group keys (`groupkeys`), then each aggregate's in the plan's order
+(`accumulators`). The same group may stand in several rows of one epoch: rows are merged, never replaced.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
-import polars as pl
 
+from streamproc.avro.recordbatch import Spans
 from streamproc.core.batch import I64
 from streamproc.core.errors import invariant
+from streamproc.operators.bytecolumns import cut, gather
 from streamproc.operators.contract import PartialHeader
 
 __all__ = [
@@ -35,15 +35,11 @@ __all__ = [
     "INT64",
     "Column",
     "PartialRows",
-    "decode_group_key",
     "decode_partial",
-    "encode_group_key",
-    "encode_group_keys",
     "encode_partial",
     "fixed_column",
-    "group_key_columns",
     "int64_column",
-    "physical_of",
+    "spans_column",
     "texts_column",
 ]
 
@@ -57,45 +53,6 @@ _SIZES = struct.Struct("<IH")
 _COLUMN = struct.Struct("<BI")
 _encoder = msgspec.msgpack.Encoder()
 _decode_header = msgspec.msgpack.Decoder(PartialHeader).decode
-_decode_key = msgspec.msgpack.Decoder(list[Any]).decode
-
-
-def encode_group_key(values: Iterable[object], keys: Mapping[str, pl.DataType]) -> bytes:
-    """The bytes of a group key, ``values`` in the order of ``keys``: a msgpack array of text, integers, booleans and
-    nulls, dates and times as the integers Polars keeps. Where it lives is `partition_of` of these bytes."""
-    physical = [
-        pl.Series([value], dtype=dtype, strict=False).to_physical().item() if dtype.is_temporal() else value
-        for value, dtype in zip(values, keys.values(), strict=True)
-    ]
-    return _encoder.encode(physical)
-
-
-def decode_group_key(data: bytes, keys: Mapping[str, pl.DataType]) -> tuple[Any, ...]:
-    """The values that `encode_group_key` took."""
-    return tuple(column.item() for column in group_key_columns([data], keys))
-
-
-def encode_group_keys(frame: pl.DataFrame, rows: int) -> list[bytes]:
-    """`encode_group_key` of ``rows`` rows; the columns are the keys in order. (A frame without columns has no rows.)"""
-    if not frame.width:
-        return [_encoder.encode([])] * rows
-    physical = [column.cast(physical_of(column.dtype)).to_list() for column in frame.get_columns()]
-    return [_encoder.encode(row) for row in zip(*physical, strict=True)]
-
-
-def group_key_columns(data: Sequence[bytes], keys: Mapping[str, pl.DataType]) -> list[pl.Series]:
-    """Encoded keys as columns of their types, also when there are none."""
-    rows = [_decode_key(key) for key in data]
-    columns = []
-    for at, (name, dtype) in enumerate(keys.items()):
-        columns.append(pl.Series(name, [row[at] for row in rows], dtype=physical_of(dtype)).cast(dtype))
-    return columns
-
-
-@lru_cache(maxsize=256)
-def physical_of(dtype: pl.DataType) -> pl.DataType:
-    """What Polars keeps values of ``dtype`` as."""
-    return pl.Series(dtype=dtype).to_physical().dtype
 
 
 class Column(NamedTuple):
@@ -119,6 +76,12 @@ def texts_column(values: Sequence[bytes]) -> Column:
     return Column(BYTES, lengths.tobytes() + b"".join(values))
 
 
+def spans_column(values: Spans, rows: I64) -> Column:
+    """The ``rows`` of a column of byte strings (no nulls)."""
+    gathered = gather(values, rows)
+    return Column(BYTES, gathered.length.astype("<u4").tobytes() + gathered.buffer.tobytes())
+
+
 def encode_partial(header: PartialHeader, rows: int, columns: Sequence[Column]) -> bytes:
     head = _encoder.encode(header)
     pieces = [_HEAD.pack(len(head)), head, _SIZES.pack(rows, len(columns))]
@@ -140,29 +103,35 @@ class PartialRows:
     def integers(self, at: int) -> I64:
         kind, body = self.columns[at]
         invariant(kind == INT64 and len(body) == 8 * self.rows, f"Column {at} of a partial is not int64.")
-        return np.frombuffer(body, "<i8")
+        return np.frombuffer(body, "<i8").astype(np.int64)  # of its own: kernels are compiled for arrays they may write
 
-    def blobs(self, at: int) -> list[bytes]:
+    def spans(self, at: int) -> Spans:
+        """A column of bytes as places in one buffer."""
         kind, body = self.columns[at]
         if kind == FIXED:
             width = len(body) // self.rows if self.rows else 0
-            return [body[start : start + width] for start in range(0, self.rows * width, width)] if width else []
+            lengths = np.full(self.rows, width, np.int64)
+            return Spans(np.frombuffer(bytearray(body), np.uint8), np.arange(self.rows) * width, lengths)
         invariant(kind == BYTES and len(body) >= 4 * self.rows, f"Column {at} of a partial does not hold bytes.")
-        ends = (4 * self.rows + np.cumsum(np.frombuffer(body, "<u4", self.rows), dtype=np.int64)).tolist()
-        invariant(not ends or ends[-1] == len(body), f"Column {at} of a partial is cut short.")
-        starts = [4 * self.rows, *ends[:-1]]
-        return [body[start:end] for start, end in zip(starts, ends, strict=False)]
+        lengths = np.frombuffer(body, "<u4", self.rows).astype(np.int64)
+        starts = 4 * self.rows + np.cumsum(lengths) - lengths
+        invariant(4 * self.rows + int(lengths.sum()) == len(body), f"Column {at} of a partial is cut short.")
+        return Spans(np.frombuffer(bytearray(body), np.uint8), starts, lengths)
 
-    def one(self, row: int) -> PartialRows:
-        """Row ``row`` alone."""
+    def blobs(self, at: int) -> list[bytes]:
+        """`spans` cut out."""
+        return cut(self.spans(at))
+
+    def take(self, rows: I64) -> PartialRows:
+        """Only these rows."""
         columns = []
         for at, (kind, _) in enumerate(self.columns):
             if kind == INT64:
-                columns.append(int64_column(self.integers(at)[row : row + 1]))
+                columns.append(int64_column(self.integers(at)[rows]))
             else:
-                value = self.blobs(at)[row]
-                columns.append(Column(FIXED, value) if kind == FIXED else texts_column([value]))
-        return PartialRows(1, columns)
+                column = spans_column(self.spans(at), rows)
+                columns.append(Column(FIXED, column.body[4 * len(rows) :]) if kind == FIXED else column)
+        return PartialRows(len(rows), columns)
 
 
 def decode_partial(payload: bytes) -> tuple[PartialHeader, PartialRows]:

@@ -32,7 +32,7 @@ from streamproc.operators.contract import KeyedState, Partial, SideRecord, Water
 from streamproc.operators.dedupe import DUPLICATE, PASS, TOO_OLD, DedupeOperator
 from streamproc.operators.expressions import Mask, RowExpr, check, evaluate
 from streamproc.operators.forward import Forward
-from streamproc.operators.partials import physical_of
+from streamproc.operators.groupkeys import physical_of
 from streamproc.operators.plan import Dedupe, Expect, Filter, Node, SourcePlan, TablePlan, WithColumns
 from streamproc.operators.side import side_record
 

@@ -30,21 +30,18 @@ from streamproc.core.types import END_OF_TIME, NO_WATERMARK
 from streamproc.eventtime.windows import WindowState, window_end
 from streamproc.operators.accumulators import ordered_from
 from streamproc.operators.aggregates import check_plan, result_columns
+from streamproc.operators.cellcolumns import CellColumn, Counts, Extremes, Listed, Wholes
 from streamproc.operators.expressions import select
+from streamproc.operators.groupkeys import decode_group_key, encode_group_key, group_key_columns, physical_of
 from streamproc.operators.kernels import INFINITE, NAN, NEGATIVE_INFINITE
-from streamproc.operators.partials import (
-    PartialRows,
-    decode_group_key,
-    encode_group_key,
-    group_key_columns,
-    physical_of,
-)
+from streamproc.operators.partials import PartialRows
 from streamproc.operators.plan import Agg, Filter, TablePlan
 
 __all__ = [
     "CHUNK",
     "EPOCH",
     "STATE",
+    "VERSION",
     "VISIBLE",
     "Cell",
     "DistinctCell",
@@ -118,6 +115,10 @@ class Cell:
         """What a user sees (dates and times as integers)."""
         return value
 
+    def column(self) -> CellColumn:
+        """Many of it, merged at once."""
+        return Counts()
+
 
 class _Whole(Cell):
     """Count and exact sum of integers."""
@@ -145,6 +146,9 @@ class _Whole(Cell):
         if not count:
             return None
         return total / count if self._mean else total
+
+    def column(self) -> CellColumn:
+        return Wholes()
 
 
 class _Float(Cell):
@@ -189,12 +193,15 @@ class _Float(Cell):
         except OverflowError:
             return float("inf") if total > 0 else float("-inf")
 
+    def column(self) -> CellColumn:
+        return Listed(self)
+
 
 class _Extreme(Cell):
     width, fixed, empty = 2, "Bq", None
 
     def __init__(self, dtype: pl.DataType, greatest: bool) -> None:
-        self._dtype, self._better = dtype, max if greatest else min
+        self._dtype, self._greatest, self._better = dtype, greatest, max if greatest else min
 
     def load(self, rows: PartialRows, at: int) -> list[Any]:
         counts, best = rows.integers(at).tolist(), rows.integers(at + 1).tolist()
@@ -215,6 +222,9 @@ class _Extreme(Cell):
     def result(self, value: Any) -> Any:
         return None if value is None else ordered_from(value, self._dtype)
 
+    def column(self) -> CellColumn:
+        return Extremes(self._greatest)
+
 
 class _TextExtreme(_Extreme):
     fixed = "BI"
@@ -233,6 +243,9 @@ class _TextExtreme(_Extreme):
 
     def result(self, value: Any) -> Any:
         return value
+
+    def column(self) -> CellColumn:
+        return Listed(self)
 
 
 class DistinctCell(Cell):
@@ -281,9 +294,6 @@ class RowLayout:
         self._struct = struct.Struct(_HEAD.format + "".join(cell.fixed for cell in self.cells))
         self.texts = any(isinstance(cell, _TextExtreme) for cell in self.cells)
         """Whether a row may hold a text."""
-
-    def fresh(self) -> Row:
-        return Row(WindowState.OPEN, 0, [cell.empty for cell in self.cells])
 
     def encode(self, row: Row) -> bytes:
         fields: list[Any] = [VERSION, row.state, row.epoch]

@@ -7,35 +7,34 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 import msgspec
+import numpy as np
 import polars as pl
 
-from streamproc.core.batch import Headers
+from streamproc.core.batch import I64, Headers
 from streamproc.core.errors import invariant
 from streamproc.core.limits import DISTINCT_CACHE_BYTES_MAX, TABLE_ROWS_CACHE_BYTES_MAX
+from streamproc.core.types import NO_WATERMARK
 from streamproc.eventtime.windows import WindowState, expires, is_late, state_at, window_end
+from streamproc.operators.accumulate import PartialAggregator, example_plan, example_rows
 from streamproc.operators.contract import KeyedState, PartialHeader
 from streamproc.operators.distinct import DistinctSets
-from streamproc.operators.partials import PartialRows, encode_partial
+from streamproc.operators.partials import PartialRows, decode_partial, encode_partial
 from streamproc.operators.plan import TablePlan
+from streamproc.operators.rowcache import RowCache
 from streamproc.operators.tablerows import (
     CHUNK,
     DistinctCell,
-    Row,
     TableRows,
     window_prefix,
     window_range,
     window_start_of,
 )
 
-__all__ = ["LateAggregate", "WindowTable", "result_shape"]
+__all__ = ["LateAggregate", "WindowTable", "result_shape", "warm_up"]
 
 
 _SKIP_AFTER: Final = 500
 """Rows of one window after which `WindowTable.restore` seeks the next window; below it reading on is cheaper."""
-
-
-_ROW_BYTES: Final = 128
-"""More than a decoded row takes beside its key and its values, and more than one value takes that is no text."""
 
 
 class LateAggregate(NamedTuple):
@@ -87,12 +86,9 @@ class WindowTable:
         self.rows = TableRows(plan)
         self._plan, self._state, self._layout = plan, state, self.rows.layout
         self._sets = DistinctSets(state, cache_bytes_max)
-        self._dirty: dict[bytes, Row] = {}
-        self._dirty_bytes = 0
-        self._clean: dict[bytes, Row] = {}
-        """Rows of earlier epochs as the state has them, decoded: what changes in one epoch often does in the next."""
-        self._clean_bytes = 0
-        self._row_bytes = _ROW_BYTES * (1 + len(self._layout.cells))
+        self._cache = RowCache(self._layout)
+        self._whole: set[int] = set()
+        """Windows of which no row is in the state but those in the cache: what is not found there is new."""
         self._live: dict[int, WindowState] = {}
         self._final: list[int] = []
         self._moved: set[int] = set()
@@ -101,7 +97,7 @@ class WindowTable:
     @property
     def size_bytes(self) -> int:
         """What the epoch has changed and `collect` has not yet written; counts towards the epoch's byte limit."""
-        return self._dirty_bytes + self._sets.pending_bytes
+        return self._cache.changed_bytes + self._sets.pending_bytes
 
     @property
     def windows(self) -> dict[int, WindowState]:
@@ -113,16 +109,19 @@ class WindowTable:
 
         A window that is final, purged or not, is never made or changed again: that would overwrite a right result.
         """
-        starts, keys = rows.integers(0).tolist(), rows.blobs(1)
-        late = {start for start in set(starts) if self._is_late(start, watermark)}
-        for start in set(starts) - late:
-            self._live.setdefault(start, WindowState.OPEN)
-        values = zip(*self._load(rows), strict=True) if self._layout.cells else iter([()] * len(rows))
-        prefixes = {start: window_prefix(start) for start in set(starts) - late}
-        for start, key, row in zip(starts, keys, values, strict=True):
-            if start in prefixes:
-                self._merge(prefixes[start], key, row)
-        return [self._late(header, rows, at, watermark) for at, start in enumerate(starts) if start in late]
+        starts = rows.integers(0)
+        found = np.unique(starts).tolist()
+        late = {start for start in found if self._is_late(start, watermark)}
+        for start in found:
+            if start not in late and start not in self._live:
+                self._live[start] = WindowState.OPEN
+                self._whole.add(start)
+        if not late:
+            self._merge(starts, rows)
+            return []
+        behind = np.isin(starts, list(late))
+        self._merge(starts[~behind], rows.take(np.flatnonzero(~behind)))
+        return [self._late(header, rows, at, watermark) for at in np.flatnonzero(behind).tolist()]
 
     def advance(self, watermark: int, epoch: int) -> None:
         """Windows that ``watermark`` has passed become closed or final; ``epoch`` has changed every row of theirs."""
@@ -134,15 +133,14 @@ class WindowTable:
 
     def collect(self, epoch: int) -> None:
         """Write the rows that ``epoch`` has changed and what is new of their distinct values. Last in an epoch."""
-        states: dict[bytes, WindowState] = {}
-        for key, row in self._dirty.items():
-            prefix = key[:8]
-            if prefix not in states:
-                states[prefix] = self._live.get(window_start_of(key), WindowState.FINAL)
-            row.state, row.epoch = states[prefix], epoch
-            self._state.put(key, self._layout.encode(row))
-        self._keep()
-        self._dirty_bytes = 0
+        ids = self._cache.changed()
+        if len(ids):
+            starts, inverse = np.unique(self._cache.window_starts(ids), return_inverse=True)
+            states = [self._live.get(start, WindowState.FINAL) for start in starts.tolist()]
+            values = self._cache.encode(ids, np.array(states, np.uint8)[inverse], epoch)
+            self._state.put_new(self._cache.keys(ids), values)
+        if not self._cache.keep(TABLE_ROWS_CACHE_BYTES_MAX):
+            self._whole.clear()
         self._moved.clear()
         self._sets.flush(epoch)
 
@@ -165,9 +163,8 @@ class WindowTable:
 
     def restore(self) -> None:
         """Learn from the state which windows there are. Large ones are skipped, not read."""
-        self._dirty.clear()
-        self._clean.clear()
-        self._dirty_bytes = self._clean_bytes = 0
+        self._cache.clear()
+        self._whole.clear()
         self._live, self._final, self._moved = {}, [], set()
         at: bytes | None = b""
         while at is not None:
@@ -194,55 +191,44 @@ class WindowTable:
         end = window_end(start, self._plan.window)
         return is_late(end, self._plan.allowed_lateness_ms, watermark)
 
-    def _load(self, rows: PartialRows) -> list[list[object]]:
-        """Each aggregate's values, one a row."""
-        loaded, at = [], 2
-        for cell in self._layout.cells:
-            loaded.append(cell.load(rows, at))
+    def _merge(self, starts: I64, rows: PartialRows) -> None:
+        """Rows of windows that are not final."""
+        known = len(self._cache)
+        ids = self._cache.number(starts, rows.spans(1))
+        self._load(known)
+        at = 2
+        for number, cell in enumerate(self._layout.cells):
+            if isinstance(cell, DistinctCell):
+                self._merge_distinct(ids, rows, number, at)
+            else:
+                self._cache.columns[number].merge(ids, rows, at)
             at += cell.width
         invariant(at == len(rows.columns), f"A partial of table {self._plan.name!r} has {len(rows.columns)} columns.")
-        return loaded
 
-    def _merge(self, prefix: bytes, key: bytes, values: tuple[object, ...]) -> None:
-        row = self._row(prefix + key)
-        for at, cell in enumerate(self._layout.cells):
-            theirs = values[at]
-            if isinstance(cell, DistinctCell):
-                ids = theirs
-                if not isinstance(ids, bytes) or not ids:
-                    continue
-                chunks = prefix + CHUNK + key + bytes([at])
-                theirs = self._sets.add(chunks, ids, empty=row.values[at] == 0)
-            row.values[at] = cell.merge(row.values[at], theirs)
-
-    def _row(self, key: bytes) -> Row:
-        row = self._dirty.get(key)
-        if row is not None:
-            return row
-        row = self._clean.pop(key, None)
-        if row is not None:
-            self._clean_bytes -= len(key) + self._row_bytes
-            self._dirty_bytes += len(key) + self._row_bytes
-        else:
+    def _load(self, known: int) -> None:
+        """The cache's rows from ``known`` on are new there; the state may have them."""
+        new = np.arange(known, len(self._cache))
+        if not len(new):
+            return
+        elsewhere = [start not in self._whole for start in self._cache.window_starts(new).tolist()]
+        new = new[np.array(elsewhere)]
+        for row, key in zip(new.tolist(), self._cache.keys(new), strict=True):
             value = self._state.get(key)
-            row = self._layout.fresh() if value is None else self._layout.decode(value)
-            self._dirty_bytes += len(key) + (len(value) if value else 16 * len(row.values))
-        self._dirty[key] = row
-        return row
+            if value is not None:
+                self._cache.load(row, value)
 
-    def _keep(self) -> None:
-        """The epoch's rows are what the state has now. All are let go when they are too many; so are rows with texts,
-        whose size nobody knows."""
-        held = sum(map(len, self._dirty)) + self._row_bytes * len(self._dirty)
-        if self._clean_bytes + held > TABLE_ROWS_CACHE_BYTES_MAX:
-            self._clean, self._clean_bytes = {}, 0
-        if held <= TABLE_ROWS_CACHE_BYTES_MAX and not self._layout.texts:
-            self._clean.update(self._dirty)
-            self._clean_bytes += held
-        self._dirty = {}
+    def _merge_distinct(self, ids: I64, rows: PartialRows, number: int, at: int) -> None:
+        """The row counts how many of the hashes are new to it."""
+        counts = self._cache.columns[number]
+        keys = self._cache.keys(ids)
+        for row, key, hashes in zip(ids.tolist(), keys, rows.blobs(at), strict=True):
+            if hashes:
+                held = counts.get(row)
+                chunks = key[:8] + CHUNK + key[8:] + bytes([number])
+                counts.put(row, held + self._sets.add(chunks, hashes, empty=held == 0))
 
     def _late(self, header: PartialHeader, rows: PartialRows, at: int, watermark: int) -> LateAggregate:
-        one = rows.one(at)
+        one = rows.take(np.array([at]))
         start, key = int(one.integers(0)[0]), one.blobs(1)[0]
         end = window_end(start, self._plan.window)
         alone = msgspec.structs.replace(header, part=0, parts=1)
@@ -254,8 +240,9 @@ class WindowTable:
     def _move(self, start: int, state: WindowState, epoch: int) -> None:
         """One window into its next state. Rows that the epoch has changed get it when they are written."""
         prefix = window_prefix(start)
+        changed = set(self._cache.keys(self._cache.changed_of(start)))
         for key, value in list(self._state.scan(prefix, prefix + CHUNK)):
-            if key not in self._dirty:
+            if key not in changed:
                 self._state.put(key, self._layout.restamp(value, state, epoch))
         self._live[start] = state
         if state == WindowState.FINAL:
@@ -286,3 +273,14 @@ class WindowTable:
         """Epoch of a final window's last change: that which made it final changed all its rows, none came after."""
         _, value = next(iter(self._state.scan(*window_range(start))))
         return self._layout.stamp(value)[1]
+
+
+def warm_up(state: KeyedState) -> None:
+    """Compile or load every kernel of an owner, on an empty ``state``; called at start, off the way of the first record."""
+    plan = example_plan()
+    aggregator, table = PartialAggregator(plan), WindowTable(plan, state)
+    aggregator.add(example_rows(), np.zeros(2, np.int64))
+    for partial in aggregator.drain(0, 1, 1, 0, False):
+        for payload in partial.payloads:
+            table.apply(*decode_partial(payload), NO_WATERMARK)
+    table.collect(1)

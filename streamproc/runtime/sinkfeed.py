@@ -22,7 +22,7 @@ from streamproc.core.errors import LedgerMoved, SinkUnavailable
 from streamproc.core.partitioner import partition_of
 from streamproc.core.types import Offset, TaskId, TopicPartition
 from streamproc.eventtime.windows import WindowState
-from streamproc.operators.partials import encode_group_key
+from streamproc.operators.groupkeys import encode_group_key
 from streamproc.operators.tablerows import RowLayout, is_row
 from streamproc.runtime.work import SinkUse, StateTable, Work
 from streamproc.sinks.contract import Emit, SinkRows, SinkWriter, TableShape

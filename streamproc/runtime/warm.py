@@ -9,7 +9,7 @@ import numpy as np
 from streamproc.avro import recordbatch
 from streamproc.avro import warm as avro
 from streamproc.core.types import NO_WATERMARK
-from streamproc.operators import accumulate
+from streamproc.operators import windowtable
 from streamproc.operators.dedupe import DedupeOperator
 from streamproc.operators.plan import Dedupe
 from streamproc.state.memory import MemoryStore
@@ -28,7 +28,7 @@ def warm_up(*, pipelines: bool) -> None:
     recordbatch.warm_up()
     avro.warm_up()
     if pipelines:
-        accumulate.warm_up()
+        windowtable.warm_up(Overlay(MemoryStore(), "warm-up"))
         _warm_up_dedupe()
 
 

@@ -121,6 +121,8 @@ class Overlay:
         self._ranges: list[tuple[bytes, bytes]] = []
         self._sorted: list[bytes] = []
         self._fresh: list[bytes] = []
+        self._run = Run([], [])
+        """The last rows of the epoch, put all at once: they lie as they came until one of them is asked for."""
         self._bytes = 0
 
     @property
@@ -129,12 +131,14 @@ class Overlay:
         return self._bytes
 
     def get(self, key: bytes) -> bytes | None:
+        self._fold()
         value = self._puts.get(key)
         if value is not None or key in self._gone:
             return value
         return self._store.get(self.prefix + key)
 
     def put(self, key: bytes, value: bytes) -> None:
+        self._fold()
         old = self._puts.get(key)
         if old is not None:
             self._bytes += len(value) - len(old)
@@ -144,6 +148,11 @@ class Overlay:
                 self._bytes += len(key)
             self._bytes += len(value)
         self._puts[key] = value
+
+    def put_new(self, keys: list[bytes], values: list[bytes]) -> None:
+        self._fold()
+        self._run = Run(keys, values)
+        self._bytes += sum(map(len, keys)) + sum(map(len, values))
 
     def delete(self, key: bytes) -> None:
         if key not in self._gone:  # an expired row is not there to be deleted
@@ -157,6 +166,7 @@ class Overlay:
         self._ranges.append((start, stop))
 
     def scan(self, start: bytes, stop: bytes | None) -> Iterator[tuple[bytes, bytes]]:
+        self._fold()
         prefix = self.prefix
         keys = self._index()
         lo = bisect_left(keys, start)
@@ -167,6 +177,9 @@ class Overlay:
 
     def changes(self) -> Changes:
         """One change per changed key, in key order. A key that came and was deleted within the epoch is none."""
+        if not self._index():
+            return Changes(list(self._run.keys), self._run.values)
+        self._fold()
         puts, gone, keys = self._puts, self._gone, list(self._index())
         if gone:
             deleted = [key for key, how in gone.items() if how == "delete"]
@@ -184,12 +197,23 @@ class Overlay:
         into.deletes.update(prefix + key for key, how in self._gone.items() if how == "delete")
         keys = [key for key in self._index() if key in puts]
         into.runs.append(Run([prefix + key for key in keys], [puts[key] for key in keys]))
+        into.runs.append(Run([prefix + key for key in self._run.keys], self._run.values))
 
     def drop(self) -> None:
         """Forget the epoch: committed (the store has it) or aborted (nobody has)."""
         self._puts, self._gone, self._ranges, self._sorted, self._fresh, self._bytes = {}, {}, [], [], [], 0
+        self._run = Run([], [])
+
+    def _fold(self) -> None:
+        """Rows put all at once become rows like any other."""
+        keys, values = self._run
+        if keys:
+            self._run = Run([], [])
+            self._puts.update(zip(keys, values, strict=True))
+            self._fresh += keys
 
     def _remove(self, key: bytes, how: Tombstone) -> None:
+        self._fold()
         old = self._puts.pop(key, None)
         if old is not None:
             self._bytes -= len(old)

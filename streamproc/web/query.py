@@ -11,7 +11,7 @@ import polars as pl
 
 from streamproc.core.errors import UserError
 from streamproc.core.partitioner import partition_of
-from streamproc.operators.partials import encode_group_key
+from streamproc.operators.groupkeys import encode_group_key
 from streamproc.runtime.inspect import TableFacts
 from streamproc.state.packing import pack_key
 from streamproc.web.answers import Question, Refused, nearest, read_time

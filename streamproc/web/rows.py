@@ -18,7 +18,7 @@ import polars as pl
 
 from streamproc.core import limits
 from streamproc.eventtime.windows import WindowState
-from streamproc.operators.partials import group_key_columns
+from streamproc.operators.groupkeys import group_key_columns
 from streamproc.operators.tablerows import CHUNK, EPOCH, STATE, VISIBLE, window_prefix
 from streamproc.runtime.inspect import HeldTable, Inspector, TableFacts
 from streamproc.state.packing import unpack_key, unpack_value

@@ -9,7 +9,7 @@ from typing import cast
 from streamproc.commit.ledger import Ledger
 from streamproc.core.errors import LedgerMoved, SinkUnavailable
 from streamproc.core.partitioner import partition_of
-from streamproc.operators.partials import encode_group_key
+from streamproc.operators.groupkeys import encode_group_key
 from streamproc.sinks.contract import SinkRows, TableShape
 from streamproc.testing.fake_sink import FakeSink, FakeWriter, Identity, Row
 from streamproc.testing.simulation.broker import Weather
