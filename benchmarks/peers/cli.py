@@ -13,10 +13,10 @@ from typing import Any, Final
 from rich.console import Console
 
 from benchmarks.orders import orders
+from benchmarks.parts import FULL_RECORDS, kafka_version, temporary_folder
 from benchmarks.peers import measure, own, report
 from benchmarks.peers.engine import Engine
 from benchmarks.peers.engines import ENGINES
-from benchmarks.run import FULL_RECORDS, _folder, _kafka_version
 from streamproc.core.clock import SystemClock
 from streamproc.core.errors import StreamprocError
 from streamproc.testing.kafka_server import KafkaServer, can_start
@@ -40,12 +40,12 @@ def main(argv: Sequence[str]) -> int:
     peers = _ready([one for one in ENGINES if one.name in given.engines], errors)
     planned = list(_plan(given, peers))
     lines = []
-    with _folder() as folder, KafkaServer() as kafka:
+    with temporary_folder() as folder, KafkaServer() as kafka:
         for round_, job, engine in planned:
             line = _run(engine, job, given.records, kafka.bootstrap, folder, errors)
             if line is None:
                 continue
-            line |= {"round": round_, "versions": {**line["versions"], "kafka": _kafka_version()}}
+            line |= {"round": round_, "versions": {**line["versions"], "kafka": kafka_version()}}
             lines.append(line)
             if given.json:
                 print(json.dumps(line), flush=True)

@@ -16,7 +16,7 @@ from benchmarks.peers.engine import Engine
 from benchmarks.peers.jobs.told import Told
 from benchmarks.peers.log import Output
 from benchmarks.peers.process import Process, Sample, last_busy, started
-from benchmarks.run import _machine
+from benchmarks.reports import machine
 from streamproc.core.clock import Clock
 from streamproc.transport.contract import Transport
 from streamproc.transport.kafka import KafkaTransport
@@ -214,5 +214,5 @@ def _line(this: Run, worker: Process, cost: Cost, wrong: list[str]) -> dict[str,
         "versions": {this.engine.title: this.engine.version()},
         "differs": this.engine.differs,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": _machine(),
+        "machine": machine(),
     }
