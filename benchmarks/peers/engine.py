@@ -14,6 +14,7 @@ from typing import Final
 
 from benchmarks.peers.jobs.told import FIRST, Told
 from streamproc.core.errors import UserError
+from streamproc.transport.contract import TopicSpec
 
 __all__ = ["ROOT", "Command", "Engine", "JvmEngine", "PythonEngine"]
 
@@ -61,6 +62,10 @@ class Engine(ABC):
     @abstractmethod
     def command(self, told: Told) -> Command:
         """How its worker is started. May write files to ``told.folder``."""
+
+    def topics(self, told: Told) -> list[TopicSpec]:
+        """Those that its worker would make itself but must find: the harness makes them with those of the run."""
+        return []
 
     def counts_topic(self, told: Told) -> str:
         """What the name of the topic begins with in which `count` leaves its counts."""

@@ -9,6 +9,7 @@ from typing import Final
 
 from benchmarks.peers.engine import ROOT, Command, Engine, JvmEngine, PythonEngine
 from benchmarks.peers.jobs.told import Told, schema
+from streamproc.transport.contract import TopicSpec
 
 __all__ = ["ENGINES", "Faust", "Flink", "KafkaStreams", "Quix"]
 
@@ -33,6 +34,16 @@ class Faust(PythonEngine):
             told, "-m", "faust", "-A", "benchmarks.peers.jobs.faust_job", "--workdir", str(ROOT), "--datadir",
             f"{told.folder}/data", "--loop", "uvloop", "worker", "-l", "info", "--without-web",
         )  # fmt: skip
+
+    def topics(self, told: Told) -> list[TopicSpec]:
+        """Faust makes its internal topics just before it joins its group, and assigns only what its view of the cluster
+        shows by then ("Ignoring missing topic"). Without its topic an agent gets nothing until some later rebalance,
+        and without its table's changelog it crashes at every record (`PartitionsMismatch`): half of the runs were
+        wrong by that."""
+        tables = {"pipeline": ("seen", "revenue"), "count": ("counts",), "forward": ()}[told.job]
+        changelogs = [f"{told.app_id}-{table}-changelog" for table in tables]
+        between = [TopicSpec(told.paid, told.partitions)] if told.job == "pipeline" else []
+        return [*between, *(TopicSpec(name, told.partitions, {"cleanup.policy": "compact"}) for name in changelogs)]
 
     def count(self, key: bytes, value: bytes) -> tuple[int, int]:
         return int(json.loads(key)), int(json.loads(value))

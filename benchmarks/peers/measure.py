@@ -170,7 +170,7 @@ async def run(
     await transport.start()
     try:
         say(f"producing {len(input_):,} orders")
-        await log.fill(transport, told, input_, plain=engine.plain)
+        await log.fill(transport, told, input_, plain=engine.plain, more=engine.topics(told))
         this = Run(engine, told, input_, transport, clock)
         say("running the worker")
         async with started(engine.command(told), Path(told.folder), engine.first, clock) as worker:
