@@ -20,7 +20,7 @@ from streamproc.core import limits
 from streamproc.core.clock import Clock
 from streamproc.core.errors import UserError
 
-__all__ = ["COMMITS_MIN", "NAMES", "TooFewCommits", "commit_interval_s", "require_commits", "run"]
+__all__ = ["COMMITS_MIN", "NAMES", "TooFewCommits", "commit_interval_s", "refuse_too_few", "require_commits", "run"]
 
 NAMES: Final = ("pipeline", "distinct", "count", "forward", "agent")
 WITH_SINKS: Final = ("pipeline", "distinct")
@@ -90,13 +90,18 @@ def require_commits(name: str, measured: Measured) -> int:
     Tasks that merge what others have shipped commit too, but only those that read orders count.
     """
     commits = sum(count for task, count in measured.epochs.items() if not task.startswith("table-"))
+    refuse_too_few(name, commits, measured.wall_s)
+    return commits
+
+
+def refuse_too_few(name: str, commits: int, wall_s: float) -> None:
+    """Raises `TooFewCommits` below `COMMITS_MIN`."""
     if commits < COMMITS_MIN:
         raise TooFewCommits(
-            f"The worker of {name} committed {commits} times in {measured.wall_s:.2f} s, fewer than {COMMITS_MIN}: the "
-            "run is refused.",
+            f"The worker of {name} committed {commits} times in {wall_s:.2f} s, fewer than {COMMITS_MIN}: the run is "
+            "refused.",
             remedy="Give it more records, or a shorter --commit-interval.",
         )
-    return commits
 
 
 def _warm_up(name: str, told: Settings, log: Log, folder: Path, clock: Clock, say: Say) -> None:

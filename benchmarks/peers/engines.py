@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 from benchmarks.peers.engine import ROOT, Command, Engine, JvmEngine, PythonEngine
 from benchmarks.peers.jobs.told import Told, schema
 from streamproc.transport.contract import TopicSpec
 
-__all__ = ["ENGINES", "Faust", "Flink", "KafkaStreams", "Quix"]
+__all__ = ["ENGINES", "JOBS", "Faust", "Flink", "KafkaStreams", "Quix"]
 
+JOBS: Final = ("pipeline", "count", "forward")
 _CLOCK: Final = (
     "Its clock is the greatest event time seen, in whatever partition, and a backlog is not read in step: it is given more "
     "grace than the data span, or it would drop orders."
@@ -27,7 +29,7 @@ class Faust(PythonEngine):
         "orjson, uvloop, log level info: its default, warn, makes a record of every debug line."
     )
     updates = True
-    records_max = 50_000
+    records: ClassVar[Mapping[str, int]] = dict.fromkeys(JOBS, 50_000)
 
     def command(self, told: Told) -> Command:
         return self._command(
@@ -52,6 +54,7 @@ class Faust(PythonEngine):
 class Quix(PythonEngine):
     name, title, package = "quix", "Quix Streams", "quixstreams"
     differs = f"Remembers order ids for an hour. {_CLOCK} Commits every second."
+    records: ClassVar[Mapping[str, int]] = dict.fromkeys(JOBS, 500_000)
 
     def command(self, told: Told) -> Command:
         return self._command(told, "-m", "benchmarks.peers.jobs.quix_job")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -75,10 +75,10 @@ def _ids(many: int, group: int) -> NDArray[np.generic]:
     return ids
 
 
-async def committed(transport: Transport, told: Told) -> int:
-    """How many records of the source are behind the group's positions."""
+async def committed(transport: Transport, told: Told) -> Mapping[TopicPartition, Offset]:
+    """The group's positions in the source: as many records are behind each."""
     tps = [TopicPartition(told.source, number) for number in range(told.partitions)]
-    return sum((await transport.group_offsets(told.app_id, tps)).values())
+    return await transport.group_offsets(told.app_id, tps)
 
 
 class Output:
