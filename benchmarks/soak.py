@@ -146,7 +146,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(log: Log, folder: Path, seconds: float, say: Say) -> Verdict:
     told = Settings(
         log.broker, folder=str(folder / "state"), app_id=f"soak-{uuid4().hex[:8]}", records=round(seconds * RATE_PER_S),
-        commit_interval_s=0.5,
+        partitions=PARTITIONS, commit_interval_s=0.5,
     )  # fmt: skip
     with started_sinks(told, folder) as told:
         return asyncio.run(_Soak(told, folder, seconds, say).run())
