@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import latency, memory, partitions, profile, restore, soak, unavailability
+from benchmarks.parts import FULL_RECORDS, TRANSPORTS
 from benchmarks.peers import cli as peers
-from benchmarks.run import FULL_RECORDS, NAMES, TRANSPORTS, run
+from benchmarks.run import NAMES, run
 from streamproc.core.clock import SystemClock
 from streamproc.core.errors import StreamprocError
 from streamproc.testing.kafka_server import can_start

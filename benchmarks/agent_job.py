@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from benchmarks.marks import SCHEMAS, MeasuredApp, Settings, all_committed, settings
-from benchmarks.orders import PARTITIONS
+from benchmarks.marks import MeasuredApp, Settings, all_committed, settings
 
 __all__ = ["TABLE", "app", "build"]
 
@@ -18,7 +17,7 @@ TABLE: Final = "counts"
 def build(told: Settings) -> MeasuredApp:
     """The app as ``told``."""
     app = MeasuredApp(told, all_committed)
-    orders = app.topic(told.topic, value_schema=str(SCHEMAS / "order.avsc"), partitions=PARTITIONS)
+    orders = app.orders()
     counts = app.Table(TABLE, default=int)
 
     @app.agent(orders, name="count")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 import streamproc as sp
-from benchmarks.marks import SCHEMAS, MeasuredApp, Settings, settings, settled
+from benchmarks.marks import MeasuredApp, Settings, settings, settled
 
 __all__ = ["TABLE", "app", "build"]
 
@@ -18,13 +18,7 @@ TABLE: Final = "orders_per_user"
 def build(told: Settings) -> MeasuredApp:
     """The app as ``told``."""
     app = MeasuredApp(told, settled)
-    orders = app.topic(
-        told.topic,
-        value_schema=str(SCHEMAS / "order.avsc"),
-        partitions=told.partitions,
-        config={"retention.ms": "-1"},
-        event_time=sp.event_time("event_time", out_of_orderness="5s", idle="hold"),
-    )
+    orders = app.orders(idle="hold")
     app.pipeline(orders).group_by("user_id").agg(orders=sp.count()).table(TABLE)
     return app
 

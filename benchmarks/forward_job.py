@@ -7,23 +7,15 @@ from __future__ import annotations
 
 import polars as pl
 
-import streamproc as sp
-from benchmarks.marks import SCHEMAS, MeasuredApp, Settings, settings
+from benchmarks.marks import MeasuredApp, Settings, finished, settings
 
 __all__ = ["app", "build", "output_topic"]
 
 
 def build(told: Settings) -> MeasuredApp:
     """The app as ``told``."""
-    app = MeasuredApp(told, lambda app: app.runtime.finished())
-    orders = app.topic(
-        told.topic,
-        value_schema=str(SCHEMAS / "order.avsc"),
-        partitions=told.partitions,
-        config={"retention.ms": "-1"},
-        # Bounded only so that the run has an end.
-        event_time=sp.event_time("event_time", out_of_orderness="5s", bounded=True),
-    )
+    app = MeasuredApp(told, finished)
+    orders = app.orders(bounded=True)
     app.pipeline(orders).filter(pl.col("status") == "completed").to(output_topic(told))
     return app
 

@@ -19,13 +19,11 @@ from benchmarks import latency_job, oracle, results
 from benchmarks.latency_job import FOUND, TABLE, LatencySettings, Way, probe
 from benchmarks.latency_probe import Found, order_id
 from benchmarks.marks import TOPIC
-from benchmarks.orders import PARTITIONS
+from benchmarks.parts import Log, Say, started_log, temporary_folder
 from benchmarks.reports import Line, facts, parser
 from benchmarks.reports import main as report
-from benchmarks.run import Log, Say, _folder, _log
 from benchmarks.worker import Measured, measure
 from streamproc.core.clock import Clock, SystemClock
-from streamproc.transport.contract import TopicSpec
 
 __all__ = ["main"]
 
@@ -50,7 +48,7 @@ def run(given: argparse.Namespace, say: Say) -> Line:
     clock, wrong = SystemClock(), list[str]()
     line = Line(name="latency", transport=given.transport, records_per_s=given.rate,
                 commit_interval_ms=round(1000 * given.commit_interval))  # fmt: skip
-    with _folder() as folder, _log(given.transport, folder) as log:
+    with temporary_folder() as folder, started_log(given.transport, folder) as log:
         for way in WAYS:
             say(f"{given.rate} orders a second through the {way}")
             number = uuid4().hex[:8]
@@ -69,7 +67,7 @@ def run(given: argparse.Namespace, say: Say) -> Line:
 
 async def _measured(log: Log, told: LatencySettings, clock: Clock) -> tuple[Found, Measured]:
     """An embedded log is the worker's alone while it runs: there the worker is its own probe."""
-    await _make_topic(log, told)
+    await log.make_topic(told.topic)
     note = Path(told.folder) / FOUND
     worker = asyncio.create_task(asyncio.to_thread(measure, "latency_job", told, clock))
     if not told.broker.startswith("embedded"):
@@ -80,33 +78,16 @@ async def _measured(log: Log, told: LatencySettings, clock: Clock) -> tuple[Foun
 
 
 async def _probe(log: Log, told: LatencySettings, clock: Clock) -> Found:
-    transport = log.open()
-    await transport.start()
-    try:
+    async with log.started() as transport:
         return await probe(told, transport, clock).run()
-    finally:
-        await transport.stop()
 
 
 async def _wrong(log: Log, told: LatencySettings, sent: int) -> list[str]:
     """Every order must be in the table, once."""
     expected: oracle.Rows = {(order_id(number),): (1,) for number in range(sent)}
-    transport = log.open()
-    await transport.start()
-    try:
+    async with log.started() as transport:
         if told.way == "agent":
             return oracle.differences(told.way, expected, await results.agent_rows(told, transport, TABLE))
-        frames = await results._frames(latency_job, told, transport)
-    finally:
-        await transport.stop()
+        frames = await results.frames(latency_job, told, transport)
     rows = (((id_,), (count,)) for frame in frames for id_, count in frame.select("order_id", "orders").iter_rows())
     return oracle.differences(told.way, expected, rows)
-
-
-async def _make_topic(log: Log, told: LatencySettings) -> None:
-    transport = log.open()
-    await transport.start()
-    try:
-        await transport.create_topics([TopicSpec(told.topic, PARTITIONS)])
-    finally:
-        await transport.stop()

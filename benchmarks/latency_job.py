@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import streamproc as sp
 from benchmarks.latency_probe import Probe
-from benchmarks.marks import SCHEMAS, MeasuredApp, Settings, settings
+from benchmarks.marks import MeasuredApp, Settings, settings
 from streamproc.core.clock import Clock
 from streamproc.transport.contract import Transport
 
@@ -36,12 +36,7 @@ class LatencySettings(Settings, frozen=True):
 def build(told: LatencySettings) -> MeasuredApp:
     """The app as ``told``."""
     app = MeasuredApp(told, lambda app: (Path(told.folder) / FOUND).exists())
-    orders = app.topic(
-        told.topic,
-        value_schema=str(SCHEMAS / "order.avsc"),
-        partitions=told.partitions,
-        event_time=sp.event_time("event_time", out_of_orderness="5s"),
-    )
+    orders = app.orders()
     if told.way == "agent":
         _agent(app, orders)
     else:

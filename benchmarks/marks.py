@@ -25,11 +25,15 @@ import msgspec
 import streamproc as sp
 from benchmarks.orders import PARTITIONS
 from benchmarks.profile_sampler import SESSION, Sampler
+from benchmarks.wrapped import WrappedFetcher, WrappedTransport
 from streamproc.core import limits
 from streamproc.core.types import Offset, TopicPartition
+from streamproc.runtime.surface import Topic
 from streamproc.transport.contract import Fetcher, Transport
 
-__all__ = ["MARK", "SCHEMAS", "TOPIC", "MeasuredApp", "Settings", "all_committed", "settings", "settled"]
+__all__ = [
+    "MARK", "SCHEMAS", "TOPIC", "JobApp", "MeasuredApp", "Settings", "all_committed", "finished", "settings", "settled",
+]  # fmt: skip
 
 MARK: Final = "@@benchmark "
 """Begins a line of the worker's output that is meant for the measuring process; JSON follows."""
@@ -71,10 +75,10 @@ def settings(kind: type[S] = Settings) -> S:  # type: ignore[assignment]  # the 
     return msgspec.json.decode(given, type=kind) if given else kind()
 
 
-class MeasuredApp(sp.App):
-    """An app that marks its first fetch of an order and the moment when `done` says that nothing is left to do."""
+class JobApp(sp.App):
+    """An app with the settings that a job is told."""
 
-    def __init__(self, told: Settings, done: Callable[[MeasuredApp], bool | Awaitable[bool]]) -> None:
+    def __init__(self, told: Settings) -> None:
         super().__init__(
             told.app_id,
             broker=told.broker,
@@ -85,16 +89,39 @@ class MeasuredApp(sp.App):
         )
         limits.FETCH_PARTITION_BYTES_MAX = told.fetch_bytes_max  # type: ignore[misc]  # of this process alone
         self.told = told
-        self._done = done
+
+    def orders(self, *, out_of_orderness: str = "5s", **event_time: Any) -> Topic:
+        """The input of every job. ``event_time``: what `sp.event_time` takes beside. ``bounded`` is only that a run has an
+        end: at it every window closes, as it would by later orders."""
+        return self.topic(
+            self.told.topic,
+            value_schema=str(SCHEMAS / "order.avsc"),
+            partitions=self.told.partitions,
+            config={"retention.ms": "-1"},
+            event_time=sp.event_time("event_time", out_of_orderness=out_of_orderness, **event_time),
+        )
+
+
+class MeasuredApp(JobApp):
+    """An app that marks its first fetch of an order and the moment when `done` says that nothing is left to do."""
+
+    def __init__(self, told: Settings, done: Callable[[MeasuredApp], bool | Awaitable[bool]]) -> None:
+        super().__init__(told)
+        self._done, self._began = done, False
         self._profile = _profile(told.profile)
         if told.records:
             self.task(self._watch)
 
     def make_transport(self) -> Transport:
         transport = super().make_transport()
-        return _Marked(transport, self._begin) if self.told.records else transport
+        if not self.told.records:
+            return transport
+        return WrappedTransport(transport, lambda fetcher: _MarkedFetcher(fetcher, self.told.topic, self._begin))
 
     def _begin(self) -> None:
+        if self._began:
+            return
+        self._began = True
         _say({"mark": "first"})
         if self._profile is not None:
             self._profile.enable()
@@ -114,6 +141,11 @@ class MeasuredApp(sp.App):
     async def _is_done(self) -> bool:
         done = self._done(self)
         return done if isinstance(done, bool) else await done
+
+
+def finished(app: MeasuredApp) -> bool:
+    """Every task is at the end of its bounded input."""
+    return app.runtime.finished()
 
 
 def all_committed(app: MeasuredApp) -> bool:
@@ -144,35 +176,17 @@ def _profile(file: str) -> cProfile.Profile | Sampler | None:
     return cProfile.Profile() if file else None
 
 
-class _Marked:
-    """A transport whose first resumed partition of the orders is told; all else is the transport's own."""
+class _MarkedFetcher(WrappedFetcher):
+    """Tells each resume of a partition of ``topic``, before it."""
 
-    def __init__(self, transport: Transport, begin: Callable[[], None]) -> None:
-        self._transport, self._begin, self._began = transport, begin, False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def fetcher(self) -> Fetcher:
-        return _MarkedFetcher(self._transport.fetcher(), self)
-
-    def resumed(self, tp: TopicPartition) -> None:
-        if not self._began and tp.topic.startswith(TOPIC):
-            self._began = True
-            self._begin()
-
-
-class _MarkedFetcher:
-    def __init__(self, fetcher: Fetcher, of: _Marked) -> None:
-        self._fetcher, self._of = fetcher, of
-        self.get, self.pause, self.at_end = fetcher.get, fetcher.pause, fetcher.at_end
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._fetcher, name)
+    def __init__(self, fetcher: Fetcher, topic: str, tell: Callable[[], None]) -> None:
+        super().__init__(fetcher)
+        self._topic, self._tell = topic, tell
 
     def resume(self, tp: TopicPartition, position: Offset) -> None:
-        self._of.resumed(tp)
-        self._fetcher.resume(tp, position)
+        if tp.topic == self._topic:
+            self._tell()
+        super().resume(tp, position)
 
 
 def _say(what: dict[str, Any]) -> None:

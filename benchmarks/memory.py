@@ -17,14 +17,13 @@ from benchmarks import oracle, pipeline_job, results
 from benchmarks.marks import TOPIC, Settings
 from benchmarks.memory_load_job import POOL_RECORDS, RSS, SENT, LoadSettings
 from benchmarks.memory_rows import live_rows, wrong_rows
-from benchmarks.orders import PARTITIONS, SPAN_MS, orders
+from benchmarks.orders import SPAN_MS, orders
+from benchmarks.parts import Log, Say, started_log, temporary_folder
 from benchmarks.reports import Line, facts, parser
 from benchmarks.reports import main as report
-from benchmarks.run import Log, Say, _folder, _log, _produce
 from benchmarks.soak import END_SHARE, RSS_GROWTH_PCT_MAX, WARM_UP_SHARE
 from benchmarks.worker import measure
 from streamproc.core.clock import Clock, SystemClock
-from streamproc.transport.contract import TopicSpec
 
 __all__ = ["growth", "main"]
 
@@ -53,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 def run(given: argparse.Namespace, say: Say) -> Line:
     """Blocks for as long as asked and some minutes."""
     clock, line, wrong = SystemClock(), Line(name="memory", transport=given.transport), list[str]()
-    with _folder() as folder, _log(given.transport, folder) as log:
+    with temporary_folder() as folder, started_log(given.transport, folder) as log:
         if given.keys:
             say(f"making a table of {given.keys:,} orders")
             wrong += _state(log, _told(log, folder / "keys", given.keys), line, clock)
@@ -79,7 +78,7 @@ def _told(log: Log, folder: Path, records: int) -> Settings:
 
 def _state(log: Log, told: Settings, line: Line, clock: Clock) -> list[str]:
     input_ = orders(told.records)
-    asyncio.run(_produce(log, told.topic, input_))
+    asyncio.run(log.produce(told.topic, input_))
     measured = measure("memory_job", told, clock)
     wrong, rows = asyncio.run(_compared(log, told, input_.parquet))
     line.update(
@@ -90,20 +89,16 @@ def _state(log: Log, told: Settings, line: Line, clock: Clock) -> list[str]:
 
 
 async def _compared(log: Log, told: Settings, parquet: Path) -> tuple[list[str], int]:
-    transport = log.open()
-    await transport.start()
-    try:
+    async with log.started() as transport:
         live = await live_rows(told, transport)
-        return wrong_rows(told, live, parquet), sum(map(len, live))
-    finally:
-        await transport.stop()
+    return wrong_rows(told, live, parquet), sum(map(len, live))
 
 
 def _load(log: Log, told: Settings, seconds: float, line: Line, clock: Clock) -> list[str]:
     loaded = LoadSettings(log.broker, told.folder, told.app_id, told.topic, records=told.records, seconds=seconds,
                           commit_interval_s=told.commit_interval_s)  # fmt: skip
     orders(POOL_RECORDS)  # made here, not by the worker
-    asyncio.run(_make_topic(log, told.topic))
+    asyncio.run(log.make_topic(told.topic, segment_bytes=str(SEGMENT_BYTES)))
     measured = measure("memory_load_job", loaded, clock, run_s_max=seconds + EXTRA_S)
     rounds = int((Path(told.folder) / SENT).read_text())
     lines = (Path(told.folder) / RSS).read_text().splitlines()
@@ -118,16 +113,6 @@ def _load(log: Log, told: Settings, seconds: float, line: Line, clock: Clock) ->
     return [*grown, *asyncio.run(_differences(log, told, rounds))]
 
 
-async def _make_topic(log: Log, topic: str) -> None:
-    transport = log.open()
-    await transport.start()
-    try:
-        config = {"retention.ms": "-1", "segment.bytes": str(SEGMENT_BYTES)}
-        await transport.create_topics([TopicSpec(topic, PARTITIONS, config)])
-    finally:
-        await transport.stop()
-
-
 async def _differences(log: Log, told: Settings, rounds: int) -> list[str]:
     """Every row of the rounds that are kept whole, against as many shifted copies of one round's."""
     since = max(0, rounds - KEPT_ROUNDS)
@@ -138,12 +123,6 @@ async def _differences(log: Log, told: Settings, rounds: int) -> list[str]:
     }
     columns = ("orders", "revenue")
     first_ms = min(start for _, start in expected)
-    transport = log.open()
-    await transport.start()
-    try:
-        rows = [
-            row for row in await results.window_rows(pipeline_job, columns, told, transport) if row[0][1] >= first_ms
-        ]
-    finally:
-        await transport.stop()
-    return oracle.differences("changelog", expected, rows)
+    async with log.started() as transport:
+        rows = await results.window_rows(pipeline_job, columns, told, transport)
+    return oracle.differences("changelog", expected, (row for row in rows if row[0][1] >= first_ms))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import streamproc as sp
-from benchmarks.marks import SCHEMAS, MeasuredApp, Settings, settings, settled
+from benchmarks.marks import MeasuredApp, Settings, settings, settled
 
 __all__ = ["FIRST", "TABLE", "WINDOW_MS", "app", "build"]
 
@@ -24,12 +24,7 @@ FIRST: Final = "first"
 def build(told: Settings) -> MeasuredApp:
     """The app as ``told``."""
     app = MeasuredApp(told, _done)
-    orders = app.topic(
-        told.topic,
-        value_schema=str(SCHEMAS / "order.avsc"),
-        partitions=told.partitions,
-        event_time=sp.event_time("event_time", out_of_orderness="5s", idle="hold"),
-    )
+    orders = app.orders(idle="hold")
     (
         app.pipeline(orders)
         .group_by("order_id")

@@ -58,7 +58,7 @@ class LoadSettings(Settings, frozen=True):
 def build(told: LoadSettings) -> MeasuredApp:
     """The app as ``told``."""
     app = MeasuredApp(told, lambda app: (Path(told.folder) / SENT).exists())
-    pipeline_job.declare(app, told, bounded=False)
+    pipeline_job.declare(app, bounded=False)
     if told.seconds:
         warm = asyncio.Event()
         app.task(lambda: _feed(app, told, warm))

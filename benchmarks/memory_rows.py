@@ -7,9 +7,9 @@ from pathlib import Path
 
 import polars as pl
 
+from benchmarks import results
 from benchmarks.marks import Settings
 from benchmarks.memory_job import TABLE, WINDOW_MS, build
-from benchmarks.results import _changelog
 from streamproc.operators.plan import TablePlan
 from streamproc.operators.tablerows import TableRows
 from streamproc.transport.contract import Transport
@@ -21,7 +21,7 @@ _NAMES = ("order_id", "start", "orders", "amount")
 
 async def live_rows(told: Settings, transport: Transport) -> list[dict[bytes, bytes]]:
     """The table as its changelog has it, by partition, committed records only."""
-    return await _changelog(told, transport, TABLE)
+    return await results.live_rows(told, transport, TABLE)
 
 
 def wrong_rows(told: Settings, live: Sequence[Mapping[bytes, bytes]], parquet: Path) -> list[str]:

@@ -22,13 +22,13 @@ import msgspec
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 
-from benchmarks import oracle, pipeline_job
+from benchmarks.compare import compare
 from benchmarks.marks import TOPIC, Settings
 from benchmarks.orders import Orders, orders
 from benchmarks.partitions_job import GO, STATUS, GateStatus
+from benchmarks.parts import FULL_RECORDS, Log, Say, started_log, started_sinks, temporary_folder
 from benchmarks.reports import Line, facts, parser
 from benchmarks.reports import main as report
-from benchmarks.run import FULL_RECORDS, Log, Say, _compare_windows, _folder, _log, _produce, _sinks
 from streamproc.core.clock import Clock, SystemClock
 from streamproc.core.errors import UserError
 from streamproc.core.partitioner import partition_of
@@ -63,7 +63,7 @@ def run(given: argparse.Namespace, say: Say) -> Line:
     """Blocks for minutes. A log in a file belongs to one process, so there is no second worker on it."""
     workers = given.workers if given.transport == "kafka" else [1]
     line, wrong, rates = Line(name="partitions", transport=given.transport, records=given.records), list[str](), {}
-    with _folder() as folder, _log(given.transport, folder) as log:
+    with temporary_folder() as folder, started_log(given.transport, folder) as log:
         cases = [
             _Case(log, folder, count, number, given.commit_interval) for count in given.partitions for number in workers
         ]
@@ -113,8 +113,8 @@ class _Case:
         home.mkdir(mode=0o755)
         told = Settings(self.log.broker, str(home), f"benchmark-partitions-{number}", f"{TOPIC}-{number}",
                         partitions=self.partitions, records=records, commit_interval_s=self.commit_interval_s)  # fmt: skip
-        asyncio.run(_produce(self.log, told.topic, input_, self.partitions))
-        with _sinks(told, home) as told:
+        asyncio.run(self.log.produce(told.topic, input_, self.partitions))
+        with started_sinks(told, home) as told:
             cpu_s, commits = self._run(told, home)
             wrong = asyncio.run(self._wrong(told, input_))
         return _Done(cpu_s, commits, wrong)
@@ -133,12 +133,8 @@ class _Case:
         return cpu_s, sum(one.epochs for one in told_last)
 
     async def _wrong(self, told: Settings, input_: Orders) -> list[str]:
-        transport, wanted = self.log.open(), oracle.revenue_by_country(input_.parquet)
-        await transport.start()
-        try:
-            return await _compare_windows(pipeline_job, {"orders": int, "revenue": float}, wanted, told, transport)
-        finally:
-            await transport.stop()
+        async with self.log.started() as transport:
+            return await compare("pipeline", told, transport, input_)
 
 
 def _spread(input_: Orders, partitions: int) -> Orders:

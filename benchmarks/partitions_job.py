@@ -9,13 +9,13 @@ It reads no order before there is a file ``go`` beside its folder: by then every
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
-import streamproc as sp
 from benchmarks import pipeline_job
-from benchmarks.marks import SCHEMAS, Settings, settings
+from benchmarks.marks import JobApp, Settings, settings
+from benchmarks.wrapped import WrappedFetcher, WrappedTransport
 from streamproc.core.types import Offset, TopicPartition
 from streamproc.runtime.task import Phase
 from streamproc.transport.contract import Fetcher, Transport
@@ -38,19 +38,23 @@ class GateStatus(msgspec.Struct, frozen=True):
     restarts: int = 0
 
 
-class GatedApp(sp.App):
+class GatedApp(JobApp):
     """An app whose fetchers hold the orders back until the gate is open."""
 
     def __init__(self, told: Settings) -> None:
-        super().__init__(
-            told.app_id, broker=told.broker, schemas=str(SCHEMAS), datadir=Path(told.folder),
-            commit_interval=f"{round(told.commit_interval_s * 1000)}ms", topic_disable_leader=True,
-        )  # fmt: skip
-        self.told, self.gates = told, list[_GatedFetcher]()
-        self.task(self._tell)
+        super().__init__(told)
+        self.gates: list[_GatedFetcher] = []
+        if told.records:
+            self.task(self._tell)
 
     def make_transport(self) -> Transport:
-        return _Gated(super().make_transport(), self)
+        transport = super().make_transport()
+        return WrappedTransport(transport, self._gated) if self.told.records else transport
+
+    def _gated(self, fetcher: Fetcher) -> Fetcher:
+        gate = _GatedFetcher(fetcher, self.told.topic)
+        self.gates.append(gate)
+        return gate
 
     async def _tell(self) -> None:
         go = Path(self.told.folder).parent / GO
@@ -73,53 +77,35 @@ class GatedApp(sp.App):
         )
 
 
-class _Gated:
-    """The app's transport but for its fetchers."""
-
-    def __init__(self, transport: Transport, app: GatedApp) -> None:
-        self._transport, self._app = transport, app
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def fetcher(self) -> Fetcher:
-        gate = _GatedFetcher(self._transport.fetcher(), self._app.told.topic)
-        self._app.gates.append(gate)
-        return gate
-
-
-class _GatedFetcher:
+class _GatedFetcher(WrappedFetcher):
     """Remembers what is resumed of ``topic`` until `open`; all else is the fetcher's own."""
 
     def __init__(self, fetcher: Fetcher, topic: str) -> None:
-        self._fetcher, self._topic = fetcher, topic
+        super().__init__(fetcher)
+        self._topic = topic
         self._held: dict[TopicPartition, Offset] = {}
         self._open = False
-        self.get, self.at_end, self.lag, self.close = fetcher.get, fetcher.at_end, fetcher.lag, fetcher.close
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._fetcher, name)
 
     def resume(self, tp: TopicPartition, position: Offset) -> None:
         if self._open or tp.topic != self._topic:
-            self._fetcher.resume(tp, position)
+            super().resume(tp, position)
         else:
             self._held[tp] = position
 
     def pause(self, tp: TopicPartition) -> None:
         self._held.pop(tp, None)
-        self._fetcher.pause(tp)
+        super().pause(tp)
 
     def open(self) -> None:
         held, self._held, self._open = self._held, {}, True
         for tp, position in held.items():
-            self._fetcher.resume(tp, position)
+            super().resume(tp, position)
 
 
-def build(told: Settings) -> sp.App:
+def build(told: Settings) -> GatedApp:
     """The app as ``told``."""
-    app = GatedApp(told) if told.records else sp.App(told.app_id, broker=told.broker, schemas=str(SCHEMAS))
-    pipeline_job.declare(app, told)
+    app = GatedApp(told)
+    pipeline_job.declare(app)
     return app
 
 

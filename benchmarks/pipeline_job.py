@@ -11,44 +11,42 @@ from typing import Final
 import polars as pl
 
 import streamproc as sp
-from benchmarks.marks import SCHEMAS, MeasuredApp, Settings, settings
+from benchmarks.marks import JobApp, MeasuredApp, Settings, finished, settings
 from streamproc import sinks
+from streamproc.operators.plan import Agg
 
-__all__ = ["TABLE", "app", "build", "declare"]
+__all__ = ["TABLE", "app", "build", "declare", "declare_windows"]
 
 TABLE: Final = "revenue"
 
 
 def build(told: Settings) -> MeasuredApp:
     """The app as ``told``."""
-    app = MeasuredApp(told, lambda app: app.runtime.finished())
-    declare(app, told)
+    app = MeasuredApp(told, finished)
+    declare(app)
     return app
 
 
-def declare(app: sp.App, told: Settings, *, bounded: bool = True) -> None:
-    """The job itself, on ``app``. Bounded only so that a run has an end: at it every window closes, as it would by later
-    orders."""
-    orders = app.topic(
-        told.topic,
-        value_schema=str(SCHEMAS / "order.avsc"),
-        partitions=told.partitions,
-        config={"retention.ms": "-1"},
-        event_time=sp.event_time("event_time", out_of_orderness="5s", bounded=bounded),
-    )
-    revenue = (
-        app.pipeline(orders)
+def declare(app: JobApp, *, bounded: bool = True) -> None:
+    """The job itself, on ``app``."""
+    declare_windows(app, TABLE, bounded=bounded, orders=sp.count(), revenue=sp.sum("amount"))
+
+
+def declare_windows(app: JobApp, table: str, *, bounded: bool = True, **aggregates: Agg) -> None:
+    """Windows with whatever ``aggregates``, in ``table`` and in the sinks that the app is told."""
+    windows = (
+        app.pipeline(app.orders(bounded=bounded))
         .dedupe("order_id", within="24h")
         .filter(pl.col("status") == "completed")
         .group_by("country")
         .window(sp.tumbling("5m"), allowed_lateness="10s")
-        .agg(orders=sp.count(), revenue=sp.sum("amount"))
-        .table(TABLE)
+        .agg(**aggregates)
+        .table(table)
     )
-    if told.redis:
-        revenue.sink(sinks.redis(told.redis), emit="on_update")
-    if told.postgres:
-        revenue.sink(sinks.postgres(told.postgres), emit="on_update")
+    if app.told.redis:
+        windows.sink(sinks.redis(app.told.redis), emit="on_update")
+    if app.told.postgres:
+        windows.sink(sinks.postgres(app.told.postgres), emit="on_update")
 
 
 app = build(settings())

@@ -15,11 +15,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.parts import FULL_RECORDS, Say
 from benchmarks.profile_sampler import SESSION, THREADS
 from benchmarks.profile_steps import by_step
 from benchmarks.reports import Line, parser
 from benchmarks.reports import main as report
-from benchmarks.run import FULL_RECORDS, NAMES, Say
+from benchmarks.run import NAMES
 from benchmarks.run import run as run_benchmark
 from streamproc.core.clock import SystemClock
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.run import PACKAGES, TRANSPORTS, Log, Say, _machine
+import psutil  # type: ignore[import-untyped]
+
+from benchmarks.parts import TRANSPORTS, Log, Say
 from streamproc.core.errors import StreamprocError
 
-__all__ = ["Line", "facts", "main", "parser"]
+__all__ = ["Line", "facts", "machine", "main", "parser"]
 
 Line = dict[str, Any]
 """What a run prints: names and figures. Has ``name``, ``transport`` and ``correct``, and ``wrong`` if it is not."""
+PACKAGES: Final = (
+    "streamproc", "faust-streaming", "aiokafka", "polars", "numba", "numpy", "rocksdict", "fastavro", "asyncpg", "redis",
+)  # fmt: skip
 _LEFT_OUT: Final = ("name", "versions", "date", "machine", "wrong")
 """Not in the last line of a run."""
 
@@ -53,11 +60,24 @@ def facts(log: Log, wrong: Sequence[str]) -> Line:
         "correct": not wrong,
         "versions": {"python": platform.python_version(), **packages, **log.version},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": _machine(),
+        "machine": machine(),
     }
     if wrong:
         line["wrong"] = list(wrong)
     return line
+
+
+def machine() -> str:
+    """What kind it is, never whose."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{model}, {os.cpu_count()} CPUs, {memory:.0f} GiB, {platform.system()} {platform.machine()}"
 
 
 def _last(line: Mapping[str, Any]) -> str:

@@ -22,9 +22,9 @@ from benchmarks.marks import TOPIC, Settings
 from benchmarks.memory_job import FIRST, TABLE, build
 from benchmarks.memory_rows import live_rows, wrong_rows
 from benchmarks.orders import PARTITIONS, Orders, orders
+from benchmarks.parts import FULL_RECORDS, Log, Say, started_log, temporary_folder
 from benchmarks.reports import Line, facts, parser
 from benchmarks.reports import main as report
-from benchmarks.run import FULL_RECORDS, Log, Say, _folder, _log, _produce
 from benchmarks.worker import measure
 from streamproc.commit.record import CommitRecord
 from streamproc.core.batch import RawBatch
@@ -69,17 +69,17 @@ def main(argv: Sequence[str]) -> int:
 def run(given: argparse.Namespace, say: Say) -> Line:
     """Blocks for minutes."""
     clock, input_ = SystemClock(), orders(given.records + LATER_RECORDS)
-    with _folder() as folder, _log(given.transport, folder) as log:
+    with temporary_folder() as folder, started_log(given.transport, folder) as log:
         number = uuid4().hex[:8]
         told = Settings(log.broker, str(folder / "state"), f"benchmark-restore-{number}", f"{TOPIC}-{number}",
                         records=given.records, commit_interval_s=COMMIT_INTERVAL_S)  # fmt: skip
         say(f"filling a table from {given.records:,} orders")
-        asyncio.run(_produce(log, told.topic, _part(input_, 0, given.records)))
+        asyncio.run(log.produce(told.topic, _part(input_, 0, given.records)))
         measure("memory_job", told, clock)
         say("restoring it into empty folders")
         found = asyncio.run(_restore(log, told, folder / "restored", clock))
         say("starting the worker on its own folder")
-        asyncio.run(_produce(log, told.topic, _part(input_, given.records, len(input_))))
+        asyncio.run(log.produce(told.topic, _part(input_, given.records, len(input_))))
         again = msgspec.structs.replace(told, records=len(input_), commit_interval_s=COMMIT_INTERVAL_START_S)
         start_s = _start_s(again, clock)
         say("comparing the rows")
@@ -116,21 +116,15 @@ def _start_s(told: Settings, clock: Clock) -> float:
 
 
 async def _wrong(log: Log, told: Settings, parquet: Path) -> list[str]:
-    transport = log.open()
-    await transport.start()
-    try:
+    async with log.started() as transport:
         return wrong_rows(told, await live_rows(told, transport), parquet)
-    finally:
-        await transport.stop()
 
 
 async def _restore(log: Log, told: Settings, folder: Path, clock: Clock) -> Restored:
     """One task after the other, as the only work of this process; then every row against the changelog."""
     groups = build(told).build_groups({told.topic: told.partitions})
     group = next(group.plan for group in groups if group.table is not None)
-    transport = log.open()
-    await transport.start()
-    try:
+    async with log.started() as transport:
         starts = [await _commit(transport, group, partition) for partition in range(PARTITIONS)]
         cpu_s, wall_s, records, size = time.process_time(), clock.monotonic_s(), 0, 0
         for partition, last in enumerate(starts):
@@ -138,8 +132,6 @@ async def _restore(log: Log, told: Settings, folder: Path, clock: Clock) -> Rest
             records, size = records + done[0], size + done[1]
         cpu_s, wall_s = time.process_time() - cpu_s, clock.monotonic_s() - wall_s
         live = await live_rows(told, transport)
-    finally:
-        await transport.stop()
     wrong = [f"restored task {partition} differs from its changelog"
              for partition, rows in enumerate(live) if _held(folder / str(partition)) != rows]  # fmt: skip
     return Restored(records, cpu_s, wall_s, size, tuple(wrong))

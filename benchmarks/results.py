@@ -18,7 +18,9 @@ from streamproc.state import changelog
 from streamproc.state.packing import unpack_key, unpack_value
 from streamproc.transport.contract import Transport
 
-__all__ = ["agent_rows", "count_rows", "forwarded", "postgres_rows", "redis_rows", "window_rows"]
+__all__ = [
+    "agent_rows", "count_rows", "forwarded", "frames", "live_rows", "postgres_rows", "redis_rows", "window_rows",
+]  # fmt: skip
 
 Rows = list[tuple[tuple[Any, ...], tuple[Any, ...]]]
 
@@ -31,15 +33,15 @@ async def window_rows(job: ModuleType, columns: Iterable[str], told: Settings, t
     names = ("country", "window_start", "window_end", *columns)
     return [
         ((country, _ms(start)), (_ms(end), *values))
-        for frame in await _frames(job, told, transport)
+        for frame in await frames(job, told, transport)
         for country, start, end, *values in frame.select(names).iter_rows()
     ]
 
 
 async def count_rows(told: Settings, transport: Transport) -> Rows:
     """Likewise of the table without windows."""
-    frames = await _frames(count_job, told, transport)
-    return [((user,), (orders,)) for frame in frames for user, orders in frame.select("user_id", "orders").iter_rows()]
+    found = await frames(count_job, told, transport)
+    return [((user,), (orders,)) for frame in found for user, orders in frame.select("user_id", "orders").iter_rows()]
 
 
 async def forwarded(told: Settings, transport: Transport, partition: int) -> list[tuple[bytes | None, bytes | None]]:
@@ -53,23 +55,24 @@ async def forwarded(told: Settings, transport: Transport, partition: int) -> lis
     ]
 
 
-async def _frames(job: ModuleType, told: Settings, transport: Transport) -> list[pl.DataFrame]:
+async def frames(job: ModuleType, told: Settings, transport: Transport) -> list[pl.DataFrame]:
+    """Rows of the job's table by partition, as people see them."""
     groups = job.build(told).build_groups({told.topic: told.partitions})
     plan = next(group.table.plan for group in groups if group.table is not None)
-    return [TableRows(plan).results(live.items()) for live in await _changelog(told, transport, job.TABLE)]
+    return [TableRows(plan).results(live.items()) for live in await live_rows(told, transport, job.TABLE)]
 
 
 async def agent_rows(told: Settings, transport: Transport, table: str = agent_job.TABLE) -> Rows:
     """Likewise of an agent's table."""
     return [
         ((unpack_key(key),), (unpack_value(value),))
-        for live in await _changelog(told, transport, table)
+        for live in await live_rows(told, transport, table)
         for key, value in live.items()
     ]
 
 
-async def _changelog(told: Settings, transport: Transport, table: str) -> list[dict[bytes, bytes]]:
-    """Live rows by partition."""
+async def live_rows(told: Settings, transport: Transport, table: str) -> list[dict[bytes, bytes]]:
+    """A table as its changelog has it, by partition, committed records only."""
     found = []
     tps = [TopicPartition(f"{told.app_id}-{table}-changelog", number) for number in range(told.partitions)]
     for tp, ends in (await transport.offsets(tps)).items():

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -28,7 +28,7 @@ import msgspec
 import psutil  # type: ignore[import-untyped]
 
 from benchmarks.marks import Settings
-from benchmarks.run import TRANSPORTS, Log, _folder, _log, _sinks
+from benchmarks.parts import TRANSPORTS, Log, Say, started_log, started_sinks, temporary_folder
 from benchmarks.soak_job import PARTITIONS, RATE_PER_S, SENT, TABLE, WINDOW_MS, order
 from streamproc.core import limits
 from streamproc.core.clock import Clock, SystemClock
@@ -52,7 +52,6 @@ DRAIN_S_MAX: Final = 600.0
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 Rows = dict[tuple[int, int], tuple[int, int]]
 """(user, window start in ms) -> (orders, amount)"""
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--transport", choices=TRANSPORTS, default="embedded")
     given = parser.parse_args(argv)
     try:
-        with _folder() as folder, _log(given.transport, folder) as log:
+        with temporary_folder() as folder, started_log(given.transport, folder) as log:
             verdict = _run(log, folder, given.seconds, lambda text: print(text, flush=True))
     except StreamprocError as failure:
         print(failure, file=sys.stderr)
@@ -147,9 +146,9 @@ def main(argv: Sequence[str]) -> int:
 def _run(log: Log, folder: Path, seconds: float, say: Say) -> Verdict:
     told = Settings(
         log.broker, folder=str(folder / "state"), app_id=f"soak-{uuid4().hex[:8]}", records=round(seconds * RATE_PER_S),
-        commit_interval_s=0.5,
+        partitions=PARTITIONS, commit_interval_s=0.5,
     )  # fmt: skip
-    with _sinks(told, folder) as told:
+    with started_sinks(told, folder) as told:
         return asyncio.run(_Soak(told, folder, seconds, say).run())
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import streamproc as sp
-from benchmarks.marks import SCHEMAS, Settings, settings
+from benchmarks.marks import SCHEMAS, JobApp, Settings, settings
 from streamproc import sinks
 from streamproc.avro.encode import Encoder
 from streamproc.avro.schema import load_schema
@@ -49,14 +49,8 @@ def order(partition: int, number: int) -> Order:
 
 def build(told: Settings) -> sp.App:
     """The app as ``told``; ``records`` is how many orders a partition gets, unless the machine is too slow for the rate."""
-    app = sp.App(
-        told.app_id, broker=told.broker, schemas=str(SCHEMAS), commit_interval=f"{round(told.commit_interval_s * 1000)}ms",
-        datadir=Path(told.folder), topic_disable_leader=True,
-    )  # fmt: skip
-    orders = app.topic(
-        told.topic, value_schema=str(SCHEMAS / "order.avsc"), partitions=PARTITIONS, config={"retention.ms": "-1"},
-        event_time=sp.event_time("event_time", out_of_orderness="1s"),
-    )  # fmt: skip
+    app = JobApp(told)
+    orders = app.orders(out_of_orderness="1s")
     spending = (
         app.pipeline(orders)
         .group_by("user_id")

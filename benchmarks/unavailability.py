@@ -31,7 +31,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.run import Log, _folder, _log, _machine
+from benchmarks.parts import Log, started_log, temporary_folder
+from benchmarks.reports import machine
 from benchmarks.unavailability_job import PARTITIONS, STATUS, TABLE, Settings, Status
 from streamproc.commit import record as commit_record
 from streamproc.commit.record import CommitRecord
@@ -109,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
     errors = Console(stderr=True, highlight=False)
     say: Callable[[str], None] = lambda what: errors.print(what, markup=False)  # noqa: E731
     try:
-        with _folder() as folder, _log(given.transport, folder) as log:
+        with temporary_folder() as folder, started_log(given.transport, folder) as log:
             lines, wrong = asyncio.run(_Run(log, folder, given.records, say).run())
     except StreamprocError as failure:
         errors.print(str(failure), style="red", markup=False, soft_wrap=True)
@@ -137,14 +138,12 @@ class _Run:
     async def run(self) -> tuple[list[dict[str, Any]], list[str]]:
         number = uuid4().hex[:8]
         self.told = Settings(self.log.broker, app_id=f"unavailability-{number}", topic=f"records-{number}")
-        transport = self.log.open()
-        await transport.start()
-        try:
-            lines = await self._cases(transport)
-            wrong = await self._wrong(transport)
-        finally:
-            self._end()
-            await transport.stop()
+        async with self.log.started() as transport:
+            try:
+                lines = await self._cases(transport)
+                wrong = await self._wrong(transport)
+            finally:
+                self._end()
         return [{**line, "correct": not wrong} for line in lines], wrong
 
     async def _cases(self, transport: Transport) -> list[dict[str, Any]]:
@@ -321,7 +320,7 @@ class _Run:
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES},
                          **self.log.version},
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": _machine(),
+            "machine": machine(),
         }  # fmt: skip
 
 

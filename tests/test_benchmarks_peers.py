@@ -12,7 +12,7 @@ import pytest
 from benchmarks import oracle
 from benchmarks.orders import Orders, orders
 from benchmarks.peers import check, measure, own, report
-from benchmarks.peers.engines import ENGINES, KafkaStreams
+from benchmarks.peers.engines import ENGINES, JOBS, Faust, KafkaStreams
 from benchmarks.peers.log import END_MS
 from benchmarks.peers.process import Sample, last_busy
 from streamproc.core.clock import SystemClock
@@ -94,6 +94,29 @@ def test_ours_is_compared_with_the_median_and_with_what_follows_the_warm_up() ->
     )  # fmt: skip
     cells = list(report.table(found).columns[-1].cells)
     assert cells == ["", "4.0× (3.0× warm)", "60.0×"]
+
+
+def test_wrong_rounds_are_told_and_give_no_figure() -> None:
+    wrong = {"correct": False, "wrong": ["output ('DE', 0): missing"], "round": 2}
+    found = report.summaries(
+        [line("count", own.NAME, 600), line("count", "faust", 10), line("count", "faust", 90, **wrong),
+         line("count", "quix", 50, **wrong)]
+    )  # fmt: skip
+    table = report.table(found)
+    assert list(table.columns[-2].cells) == ["yes", "1 of 2", "NO"]
+    assert list(table.columns[-1].cells) == ["", "60.0×", ""], "of the right rounds alone"
+    assert report.wrong(found) == [
+        "WRONG: count on Faust, round 2: output ('DE', 0): missing",
+        "WRONG: count on Quix Streams, round 2: output ('DE', 0): missing",
+    ]
+
+
+def test_every_engine_has_its_own_number_of_orders_and_faust_its_topics_before_it_starts(tmp_path: Path) -> None:
+    assert all(set(engine.records) == set(JOBS) for engine in ENGINES)
+    told = measure.told_of("pipeline", "faust", "localhost:9092", tmp_path)
+    assert [topic.name.removeprefix(told.app_id) for topic in Faust().topics(told)] == [
+        "-paid", "-seen-changelog", "-revenue-changelog",
+    ]  # fmt: skip
 
 
 def test_the_chart_is_well_formed_and_shows_every_run() -> None:

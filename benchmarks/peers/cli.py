@@ -1,4 +1,4 @@
-"""python -m benchmarks peers --records N --rounds R"""
+"""python -m benchmarks peers --rounds R"""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any, Final
 from rich.console import Console
 
 from benchmarks.orders import orders
+from benchmarks.parts import kafka_version, temporary_folder
 from benchmarks.peers import measure, own, report
 from benchmarks.peers.engine import Engine
-from benchmarks.peers.engines import ENGINES
-from benchmarks.run import FULL_RECORDS, _folder, _kafka_version
+from benchmarks.peers.engines import ENGINES, JOBS
+from benchmarks.run import refuse_too_few
 from streamproc.core.clock import SystemClock
 from streamproc.core.errors import StreamprocError
 from streamproc.testing.kafka_server import KafkaServer, can_start
 
 __all__ = ["main"]
 
-JOBS: Final = ("pipeline", "count", "forward")
 BENCHMARKS: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = BENCHMARKS / "results.jsonl"
 CHART: Final = BENCHMARKS / "peers.svg"
@@ -39,17 +39,18 @@ def main(argv: Sequence[str]) -> int:
         return 0
     peers = _ready([one for one in ENGINES if one.name in given.engines], errors)
     planned = list(_plan(given, peers))
-    lines = []
-    with _folder() as folder, KafkaServer() as kafka:
+    lines, missing = [], []
+    with temporary_folder() as folder, KafkaServer() as kafka:
         for round_, job, engine in planned:
             line = _run(engine, job, given.records, kafka.bootstrap, folder, errors)
             if line is None:
+                missing.append(f"{job} on {engine.title if engine else own.TITLE}, round {round_}")
                 continue
-            line |= {"round": round_, "versions": {**line["versions"], "kafka": _kafka_version()}}
+            line |= {"round": round_, "versions": {**line["versions"], "kafka": kafka_version()}}
             lines.append(line)
             if given.json:
                 print(json.dumps(line), flush=True)
-    _tell(lines, given)
+    _tell(lines, missing, given)
     return int(len(lines) < len(planned) or not all(line["correct"] for line in lines))
 
 
@@ -59,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks peers",
         description="The same jobs on streamproc and on its peers, in turn, over one Kafka.",
     )
-    parser.add_argument("--records", type=int, default=FULL_RECORDS, help="orders in the topic (default %(default)s)")
+    parser.add_argument("--records", type=int, default=own.RECORDS, metavar="N",
+                        help="at most, for a look; each engine has a number of its own, by its speed")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, help="so often each, in turn (default %(default)s)")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
     parser.add_argument("--engines", nargs="+", choices=names, default=names)
@@ -100,13 +102,14 @@ def _run(
             if engine is None:
                 line = own.run(job, records, bootstrap)
             else:
-                input_ = orders(min(records, engine.records_max or records))
+                input_ = orders(min(records, engine.records[job]))
                 line = asyncio.run(
                     measure.run(
                         engine, job, input_, bootstrap, folder, SystemClock(),
                         lambda what: status.update(f"{job} on {title}: {what}"),
                     )
                 )  # fmt: skip
+            refuse_too_few(f"{job} on {title}", line["commits"], line["wall_s"])
         except StreamprocError as failure:
             errors.print(f"{job} on {title}: {failure}", style="red", markup=False, soft_wrap=True)
             return None
@@ -115,7 +118,8 @@ def _run(
     return line
 
 
-def _tell(lines: list[dict[str, Any]], given: argparse.Namespace) -> None:
+def _tell(lines: list[dict[str, Any]], missing: Sequence[str], given: argparse.Namespace) -> None:
+    """``missing``: runs that failed or were refused; why was told when it happened."""
     found = report.summaries(lines)
     if not found:
         return
@@ -123,7 +127,7 @@ def _tell(lines: list[dict[str, Any]], given: argparse.Namespace) -> None:
         # Nobody reads a table that a pipe's 80 columns have folded.
         console = Console(width=None if sys.stdout.isatty() else WIDTH)
         console.print(report.table(found))
-        for line in report.differs(found):
+        for line in [*report.wrong(found), *(f"NO FIGURE: {run}" for run in missing), *report.differs(found)]:
             console.print(line, markup=False, highlight=False)
     if given.append:
         with RESULTS.open("a") as file:

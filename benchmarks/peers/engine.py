@@ -9,11 +9,13 @@ import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 from benchmarks.peers.jobs.told import FIRST, Told
 from streamproc.core.errors import UserError
+from streamproc.transport.contract import TopicSpec
 
 __all__ = ["ROOT", "Command", "Engine", "JvmEngine", "PythonEngine"]
 
@@ -44,8 +46,9 @@ class Engine(ABC):
     """It commits its last offsets seconds after all is done, so the end is when its process went quiet."""
     warms_up = False
     """It compiles its code while it runs, so the second half of the orders is told too."""
-    records_max = 0
-    """More would only take longer: the cost of a record is the same. 0: as many as the harness was told."""
+    records: ClassVar[Mapping[str, int]]
+    """Orders by job: enough for a run of some seconds and `COMMITS_MIN` commits, and for a JVM to be warm at half of them.
+    More would only take longer: the cost of a record is the same."""
 
     @abstractmethod
     def lacks(self) -> str:
@@ -61,6 +64,10 @@ class Engine(ABC):
     @abstractmethod
     def command(self, told: Told) -> Command:
         """How its worker is started. May write files to ``told.folder``."""
+
+    def topics(self, told: Told) -> list[TopicSpec]:
+        """Those that its worker would make itself but must find: the harness makes them with those of the run."""
+        return []
 
     def counts_topic(self, told: Told) -> str:
         """What the name of the topic begins with in which `count` leaves its counts."""
@@ -114,6 +121,7 @@ class JvmEngine(Engine):
 
     artifact: str
     warms_up = True
+    records: ClassVar[Mapping[str, int]] = {"pipeline": 2_000_000, "count": 4_000_000, "forward": 4_000_000}
 
     def lacks(self) -> str:
         java = [name for name in ("java", "javac") if shutil.which(name) is None]

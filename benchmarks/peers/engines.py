@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 from benchmarks.peers.engine import ROOT, Command, Engine, JvmEngine, PythonEngine
 from benchmarks.peers.jobs.told import Told, schema
+from streamproc.transport.contract import TopicSpec
 
-__all__ = ["ENGINES", "Faust", "Flink", "KafkaStreams", "Quix"]
+__all__ = ["ENGINES", "JOBS", "Faust", "Flink", "KafkaStreams", "Quix"]
 
+JOBS: Final = ("pipeline", "count", "forward")
 _CLOCK: Final = (
     "Its clock is the greatest event time seen, in whatever partition, and a backlog is not read in step: it is given more "
     "grace than the data span, or it would drop orders."
@@ -26,13 +29,23 @@ class Faust(PythonEngine):
         "orjson, uvloop, log level info: its default, warn, makes a record of every debug line."
     )
     updates = True
-    records_max = 50_000
+    records: ClassVar[Mapping[str, int]] = dict.fromkeys(JOBS, 50_000)
 
     def command(self, told: Told) -> Command:
         return self._command(
             told, "-m", "faust", "-A", "benchmarks.peers.jobs.faust_job", "--workdir", str(ROOT), "--datadir",
             f"{told.folder}/data", "--loop", "uvloop", "worker", "-l", "info", "--without-web",
         )  # fmt: skip
+
+    def topics(self, told: Told) -> list[TopicSpec]:
+        """Faust makes its internal topics just before it joins its group, and assigns only what its view of the cluster
+        shows by then ("Ignoring missing topic"). Without its topic an agent gets nothing until some later rebalance,
+        and without its table's changelog it crashes at every record (`PartitionsMismatch`): half of the runs were
+        wrong by that."""
+        tables = {"pipeline": ("seen", "revenue"), "count": ("counts",), "forward": ()}[told.job]
+        changelogs = [f"{told.app_id}-{table}-changelog" for table in tables]
+        between = [TopicSpec(told.paid, told.partitions)] if told.job == "pipeline" else []
+        return [*between, *(TopicSpec(name, told.partitions, {"cleanup.policy": "compact"}) for name in changelogs)]
 
     def count(self, key: bytes, value: bytes) -> tuple[int, int]:
         return int(json.loads(key)), int(json.loads(value))
@@ -41,6 +54,7 @@ class Faust(PythonEngine):
 class Quix(PythonEngine):
     name, title, package = "quix", "Quix Streams", "quixstreams"
     differs = f"Remembers order ids for an hour. {_CLOCK} Commits every second."
+    records: ClassVar[Mapping[str, int]] = dict.fromkeys(JOBS, 500_000)
 
     def command(self, told: Told) -> Command:
         return self._command(told, "-m", "benchmarks.peers.jobs.quix_job")

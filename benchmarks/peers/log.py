@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -25,10 +26,12 @@ CLOSER_EVERY_MS: Final = 60_000
 Records = list[tuple[bytes | None, bytes | None]]
 
 
-async def fill(transport: Transport, told: Told, input_: Orders, *, plain: bool) -> None:
-    """Make the run's two topics and put every order into the first; ``plain``: without its head."""
-    names = (told.source, told.output)
-    await transport.create_topics([TopicSpec(name, told.partitions, {"retention.ms": "-1"}) for name in names])
+async def fill(
+    transport: Transport, told: Told, input_: Orders, *, plain: bool, more: Sequence[TopicSpec] = ()
+) -> None:
+    """Make the run's two topics and some ``more``, and put every order into the first; ``plain``: without its head."""
+    own = [TopicSpec(name, told.partitions, {"retention.ms": "-1"}) for name in (told.source, told.output)]
+    await transport.create_topics([*own, *more])
     head = len(told.head) if plain else 0
     for part in input_.slices(SEND_RECORDS):
         await transport.send(
@@ -72,10 +75,10 @@ def _ids(many: int, group: int) -> NDArray[np.generic]:
     return ids
 
 
-async def committed(transport: Transport, told: Told) -> int:
-    """How many records of the source are behind the group's positions."""
+async def committed(transport: Transport, told: Told) -> Mapping[TopicPartition, Offset]:
+    """The group's positions in the source: as many records are behind each."""
     tps = [TopicPartition(told.source, number) for number in range(told.partitions)]
-    return sum((await transport.group_offsets(told.app_id, tps)).values())
+    return await transport.group_offsets(told.app_id, tps)
 
 
 class Output:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,12 +16,13 @@ from benchmarks.peers.engine import Engine
 from benchmarks.peers.jobs.told import Told
 from benchmarks.peers.log import Output
 from benchmarks.peers.process import Process, Sample, last_busy, started
-from benchmarks.run import _machine
+from benchmarks.reports import machine
 from streamproc.core.clock import Clock
+from streamproc.core.types import Offset, TopicPartition
 from streamproc.transport.contract import Transport
 from streamproc.transport.kafka import KafkaTransport
 
-__all__ = ["run"]
+__all__ = ["run", "told_of"]
 
 RUN_S_MAX: Final = 1_800.0
 POLL_S: Final = 0.25
@@ -53,6 +54,9 @@ class Run:
         self.engine, self.told, self.input, self.transport, self.clock = engine, told, input_, transport, clock
         self.samples: list[Sample] = []
         self.windows: list[check.Window] = []
+        self.commits = 0
+        """So often a partition's committed position was seen to have moved; the workers commit less often than is looked."""
+        self._at: Mapping[TopicPartition, Offset] = {}
 
     async def follow(self, worker: Process) -> Cost:
         """From the first record until everything is done: what that cost. Raises `UserError` when it does not get there."""
@@ -86,7 +90,9 @@ class Run:
     async def _until(self, worker: Process, done: Callable[[Process], Awaitable[bool]]) -> None:
         until = self.clock.monotonic_s() + RUN_S_MAX
         while True:
-            self.samples.append(worker.sample(await log.committed(self.transport, self.told)))
+            before, self._at = self._at, await log.committed(self.transport, self.told)
+            self.commits += sum(at > before.get(tp, 0) for tp, at in self._at.items())
+            self.samples.append(worker.sample(sum(self._at.values())))
             if await done(worker):
                 return
             if self.clock.monotonic_s() > until:
@@ -165,12 +171,12 @@ async def run(
     Raises `UserError` when the worker ended or did not finish. Wrong results are no exception: the line says
     ``correct: false`` and what differs.
     """
-    told = _told(job, engine.name, bootstrap, folder)
+    told = told_of(job, engine.name, bootstrap, folder)
     transport = KafkaTransport(bootstrap, clock, client_id="benchmarks")
     await transport.start()
     try:
         say(f"producing {len(input_):,} orders")
-        await log.fill(transport, told, input_, plain=engine.plain)
+        await log.fill(transport, told, input_, plain=engine.plain, more=engine.topics(told))
         this = Run(engine, told, input_, transport, clock)
         say("running the worker")
         async with started(engine.command(told), Path(told.folder), engine.first, clock) as worker:
@@ -183,7 +189,8 @@ async def run(
     return _line(this, worker, cost, wrong)
 
 
-def _told(job: str, name: str, bootstrap: str, folder: Path) -> Told:
+def told_of(job: str, name: str, bootstrap: str, folder: Path) -> Told:
+    """What a worker is told that runs ``job`` on the engine ``name``, with a folder of its own below ``folder``."""
     app_id = f"peer-{name}-{job}-{uuid4().hex[:8]}"
     (folder / app_id).mkdir()
     return Told(
@@ -207,6 +214,7 @@ def _line(this: Run, worker: Process, cost: Cost, wrong: list[str]) -> dict[str,
         "records_per_worker_cpu_s": round(len(this.input) / cost.cpu_s),
         "records_per_worker_cpu_s_warm": None if warm is None else round(warm),
         "rss_mb": round(worker.rss_mb),
+        "commits": this.commits,
         "start_s": round(worker.first.at_s - worker.started_s, 1),
         "start_cpu_s": round(worker.first.cpu_s, 1),
         "correct": not wrong,
@@ -214,5 +222,5 @@ def _line(this: Run, worker: Process, cost: Cost, wrong: list[str]) -> dict[str,
         "versions": {this.engine.title: this.engine.version()},
         "differs": this.engine.differs,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": _machine(),
+        "machine": machine(),
     }

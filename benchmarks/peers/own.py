@@ -21,11 +21,18 @@ DIFFERS: Final = (
     "repartition topic, as any grouping does. `forward` passes the bytes of a record on, since both schemas are one; the "
     "peers encode it again. Its code was compiled before, by a short run."
 )
+RECORDS: Final = 4_000_000
+RECORDS_MIN: Final = 300_000
+"""With fewer the worker is done before it has committed often enough, and the run is refused."""
 RUN_S_MAX: Final = 1_800.0
 
 
 def run(job: str, records: int, bootstrap: str) -> dict[str, Any]:
-    """The run's line, named as those of the peers are. Raises `UserError` when the command failed or there is none."""
+    """The run's line, named as those of the peers are, of at most ``records`` orders, but for `RECORDS_MIN`.
+
+    Raises `UserError` when the command failed or there is none.
+    """
+    records = max(RECORDS_MIN, min(records, RECORDS))
     command = [sys.executable, "-m", "benchmarks", job, "--records", str(records), "--transport", "kafka", "--json"]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "KAFKA_BOOTSTRAP": bootstrap}, capture_output=True, text=True,

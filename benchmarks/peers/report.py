@@ -15,7 +15,7 @@ from rich.table import Table
 from benchmarks.peers import own
 from benchmarks.peers.engines import ENGINES
 
-__all__ = ["Summary", "chart", "differs", "summaries", "table"]
+__all__ = ["Summary", "chart", "differs", "summaries", "table", "wrong"]
 
 TITLES: Final = {own.NAME: own.TITLE, **{engine.name: engine.title for engine in ENGINES}}
 WHAT: Final = {
@@ -40,8 +40,9 @@ class Summary:
         return f"{title} {versions[title]}" if title in versions else title
 
     def median(self, field: str) -> float | None:
-        """Of the rounds that have the field."""
-        found = [line[field] for line in self.lines if line.get(field) is not None]
+        """Of the rounds that have the field, and that were right if any was: a wrong run may have done half of the work."""
+        right = [line for line in self.lines if line["correct"]]
+        found = [line[field] for line in right or self.lines if line.get(field) is not None]
         return statistics.median(found) if found else None
 
     @property
@@ -57,6 +58,12 @@ class Summary:
     @property
     def correct(self) -> bool:
         return all(line["correct"] for line in self.lines)
+
+    @property
+    def verdict(self) -> str:
+        """For the table: how many rounds were right."""
+        right = sum(line["correct"] for line in self.lines)
+        return "yes" if self.correct else f"{right} of {len(self.lines)}" if right else "NO"
 
 
 def summaries(lines: Iterable[dict[str, Any]]) -> list[Summary]:
@@ -80,7 +87,7 @@ def table(found: Sequence[Summary]) -> Table:
         result.add_row(
             summary.job, summary.title, f"{summary.lines[-1]['records']:,}", f"{summary.speed:,.0f}",
             f"{min(speeds):,}–{max(speeds):,}", _number(summary.median("records_per_worker_cpu_s_warm")),
-            f"{summary.median('wall_s'):,.1f}", f"{summary.median('rss_mb'):,.0f}", "yes" if summary.correct else "NO",
+            f"{summary.median('wall_s'):,.1f}", f"{summary.median('rss_mb'):,.0f}", summary.verdict,
             _times(summary, found),
         )  # fmt: skip
     return result
@@ -91,8 +98,8 @@ def _number(value: float | None) -> str:
 
 
 def _times(summary: Summary, found: Sequence[Summary]) -> str:
-    ours = [one.speed for one in found if one.job == summary.job and one.engine == own.NAME]
-    if not ours or summary.engine == own.NAME or not summary.speed:
+    ours = [one.speed for one in found if one.job == summary.job and one.engine == own.NAME and one.verdict != "NO"]
+    if not ours or summary.engine == own.NAME or summary.verdict == "NO":
         return ""
     whole, warm = ours[0] / summary.speed, ours[0] / summary.best
     return f"{whole:,.1f}×" if summary.best == summary.speed else f"{whole:,.1f}× ({warm:,.1f}× warm)"
@@ -102,6 +109,16 @@ def differs(found: Sequence[Summary]) -> list[str]:
     """What each engine does differently, once."""
     told = {f"{TITLES[one.engine]}: {one.lines[-1]['differs']}" for one in found if one.lines[-1]["differs"]}
     return sorted(told)
+
+
+def wrong(found: Sequence[Summary]) -> list[str]:
+    """What was not as the oracle has it, round by round."""
+    return [
+        f"WRONG: {one.job} on {one.title}, round {line.get('round', 1)}: {'; '.join(line['wrong'])}"
+        for one in found
+        for line in one.lines
+        if not line["correct"]
+    ]
 
 
 WIDTH: Final = 900
@@ -175,7 +192,11 @@ def _bar(one: Summary, y: int, scale: tuple[float, float], times: str) -> str:
     if one.best > one.speed:
         x = LABEL + _at(one.best, scale)
         parts.append(f'<line class="warm" x1="{x:.0f}" x2="{x:.0f}" y1="{y}" y2="{y + BAR}"/>')
-    label = f"{one.speed:,.0f}" + (f"   ours {times}" if times else "") + ("" if one.correct else "   NOT CORRECT")
+    label = (
+        f"{one.speed:,.0f}"
+        + (f"   ours {times}" if times else "")
+        + ("" if one.correct else f"   NOT CORRECT ({one.verdict})")
+    )
     parts.append(_text(LABEL + _at(one.best, scale) + 8, middle, label))
     return "\n".join(parts)
 

@@ -149,8 +149,8 @@ class Columns(NamedTuple):
             np.ascontiguousarray(batch.timestamps[rows]),
         )
 
-    def part(self, cut: slice) -> Columns:
-        """Some of the records, of the same buffers."""
+    def part(self, cut: slice | I64) -> Columns:
+        """Some of the records, by a slice or by their places in whatever order; of the same buffers."""
         keys, values, headers = (Spans(s.buffer, s.start[cut], s.length[cut]) for s in self[:3])
         return Columns(keys, values, headers, self.timestamps[cut])
 

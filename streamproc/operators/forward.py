@@ -42,7 +42,7 @@ class Forward:
             return None
         offsets = np.concatenate([batch.offsets[rows] for batch, rows in parts])
         if (np.diff(offsets) < 0).any():
-            return _picked(_joined(parts), np.argsort(offsets, kind="stable"))
+            return _joined(parts).part(np.argsort(offsets, kind="stable"))
         return _joined(parts)
 
     def drop(self) -> None:
@@ -72,8 +72,3 @@ def _joined(parts: Sequence[_Part]) -> Columns:
         column([columns.keys for columns in found]), column([columns.values for columns in found]),
         column([columns.headers for columns in found]), np.concatenate([columns.timestamps for columns in found]),
     )  # fmt: skip
-
-
-def _picked(columns: Columns, order: I64) -> Columns:
-    keys, values, headers = (Spans(s.buffer, s.start[order], s.length[order]) for s in columns[:3])
-    return Columns(keys, values, headers, columns.timestamps[order])

@@ -69,9 +69,8 @@ def pipeline() -> None:
     """Each change of a window is published: `on_window_close` rests on the wall clock, and a replay is all in the past."""
     seen = app.Table("seen", default=bool, partitions=TOLD.partitions)
     paid = app.topic(
-        f"{TOLD.app_id}-paid", key_type=str, key_serializer="raw", value_type=Paid, partitions=TOLD.partitions,
-        internal=True,
-    )  # fmt: skip
+        TOLD.paid, key_type=str, key_serializer="raw", value_type=Paid, partitions=TOLD.partitions, internal=True
+    )
     out = app.topic(TOLD.output, key_type=str, key_serializer="raw", value_serializer="json")
     table = app.Table("revenue", default=list, partitions=TOLD.partitions)
     windows: Any = table.tumbling(TOLD.window_ms / 1000, expires=FOR_EVER_S)

@@ -41,6 +41,11 @@ class Told:
     commit_ms: int
 
     @property
+    def paid(self) -> str:
+        """The topic between the two agents of Faust's ``pipeline``."""
+        return f"{self.app_id}-paid"
+
+    @property
     def head(self) -> bytes:
         """What stands before each value in Confluent's wire format."""
         return b"\0" + self.schema_id.to_bytes(4, "big")
