@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamproc.avro.recordbatch import split_build
 from streamproc.core import limits
 from streamproc.core.batch import BUFFER_SLACK, Headers, RawBatch
 from streamproc.core.errors import InvariantBroken, LogLost, UserError
-from streamproc.core.types import Offset, TopicPartition
+from streamproc.core.types import EpochNumber, Offset, TopicPartition
 from streamproc.state import changelog
 from streamproc.state.changelog import ChangelogRow, Record
 from streamproc.state.contract import StoreMeta, Writes
@@ -141,6 +142,47 @@ def test_records_are_read_as_they_were_written(written: list[tuple[Change, int]]
         ChangelogRow(change.key, change.value, epoch, change.tombstone, 3 * n)
         for n, (change, epoch) in enumerate(written)
     ]
+
+
+headers = st.lists(
+    st.tuples(
+        st.sampled_from(["e", "x", "y", "", "exe"]),
+        st.sampled_from([None, b"", b"delete", b"expire", b"delate", bytes(8), b"\xff" * 8, b"\0" * 7 + b"\2"]),
+    ),
+    max_size=3,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.builds(Record, st.none() | st.binary(max_size=3), st.none() | st.binary(max_size=3),
+                          headers.map(tuple)), max_size=5))  # fmt: skip
+@example([Record(b"k", None, (("e", bytes(8)), ("y", b"delete")))])  # as long as a tombstone's
+def test_any_headers_are_read_as_one_by_one(records: list[Record]) -> None:
+    batch = batch_of(list(enumerate(records)))
+    plain = [read_plainly(batch, row) for row in range(len(records))]
+    refusals = [said for said in plain if isinstance(said, str)]
+    if not refusals:
+        assert list(changelog.read(batch)) == plain
+        return
+    with pytest.raises(UserError) as refused:
+        list(changelog.read(batch))
+    assert any(why in str(refused.value) for why in refusals)
+
+
+def read_plainly(batch: RawBatch, row: int) -> ChangelogRow | str:
+    """The reference: a row, or why it is none."""
+    key, value, named = batch.key(row), batch.value(row), dict(batch.headers(row))
+    epoch, how = named.get("e"), named.get("x")
+    if key is None:
+        return "it has no key"
+    if epoch is None or len(epoch) != 8:
+        return "it carries no epoch"
+    if value is None and how not in (b"delete", b"expire"):
+        return "neither delete nor expire"
+    tombstone: Any = how.decode() if value is None and how else None
+    return ChangelogRow(
+        key, value, EpochNumber(int.from_bytes(epoch, "big")), tombstone, Offset(int(batch.offsets[row]))
+    )
 
 
 @settings(max_examples=100, deadline=None)

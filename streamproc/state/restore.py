@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
+
+import numpy as np
 
 from streamproc.core import limits
 from streamproc.core.batch import RawBatch
@@ -22,6 +24,8 @@ from streamproc.state.contract import Store, StoreMeta, Writes
 
 __all__ = ["RestoreProgress", "check_store", "restore", "why_wipe"]
 
+Rows: TypeAlias = dict[bytes, bytes | None]
+"""What changelogs said last of each key of the store; None: it is gone."""
 Read: TypeAlias = Callable[[str, Offset], AsyncIterator[RawBatch]]
 
 
@@ -144,9 +148,9 @@ class _Run:
         if start >= target:
             self.fresh_ms[topic] = max(self.fresh_ms[topic], self.as_of_ms)
             return
-        writes, held, first = Writes(), 0, start == 0
+        rows, held, first = Rows(), 0, start == 0
         async for batch in read(topic, start):
-            held += self._apply(batch, prefix, writes)
+            held += self._apply(batch, prefix, rows)
             records += len(batch)
             self.applied[topic] = int(batch.next_position)
             if len(batch):
@@ -154,33 +158,24 @@ class _Run:
                 self.fresh_ms[topic] = last_ms if first else max(self.fresh_ms[topic], last_ms)
                 first = False
             if held >= limits.RESTORE_WRITE_BYTES_MAX:
-                self._write(writes)
-                writes, held = Writes(), 0
+                self._write(rows)
+                rows, held = Rows(), 0
                 tell(self.applied[topic])
         self.applied[topic] = max(self.applied[topic], target)
         self.fresh_ms[topic] = max(self.fresh_ms[topic], self.as_of_ms)
-        self._write(writes)
+        self._write(rows)
         tell(target)
 
     def finish(self) -> None:
         self.seen_epoch = self.epoch
-        self._write(Writes())
+        self._write({})
 
-    def _apply(self, batch: RawBatch, prefix: bytes, writes: Writes) -> int:
+    def _apply(self, batch: RawBatch, prefix: bytes, rows: Rows) -> int:
         """Add a batch's rows, the later over the earlier; returns about how many bytes they hold."""
-        held, latest = 0, self.seen_epoch
-        puts, deletes = writes.puts, writes.deletes
-        for key, value, epoch, _, _ in changelog.read(batch):
-            key = prefix + key
-            latest = max(latest, epoch)
-            if value is None:
-                puts.pop(key, None)
-                deletes.add(key)
-                held += len(key)
-            else:
-                deletes.discard(key)
-                puts[key] = value
-                held += len(key) + len(value)
+        if not len(batch):
+            return 0
+        keys, values, epochs, _ = changelog.read_columns(batch)
+        latest = max(self.seen_epoch, int(epochs.max()))
         if latest > self.epoch:
             raise LogLost(
                 f"Changelog {batch.tp.topic} partition {batch.tp.partition} holds epoch {latest}, ahead of the commit "
@@ -188,9 +183,15 @@ class _Run:
                 "`streamproc reset MODULE`."
             )
         self.seen_epoch = latest
-        return held
+        rows.update(zip(map(prefix.__add__, keys), values, strict=True))
+        return int(batch.key_len.sum() + np.maximum(batch.value_len, 0).sum()) + len(prefix) * len(batch)
 
-    def _write(self, writes: Writes) -> None:
+    def _write(self, rows: Rows) -> None:
+        """One step of the store; ``rows`` are used up."""
+        gone = {key for key, value in rows.items() if value is None}
+        for key in gone:
+            del rows[key]
+        writes = Writes(cast(dict[bytes, bytes], rows), gone)
         fresh_ms = min(self.fresh_ms.values(), default=self.as_of_ms)
         applied = {topic: position for topic, position in self.applied.items() if position}
         self.store.write(writes, StoreMeta(self.log_id, self.seen_epoch, applied, fresh_ms))

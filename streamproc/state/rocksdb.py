@@ -32,7 +32,7 @@ from rocksdict import (
 
 from streamproc.core import limits
 from streamproc.core.errors import InvariantBroken, RestoreNeeded, UserError, invariant
-from streamproc.state.contract import StoreMeta, Writes
+from streamproc.state.contract import Run, StoreMeta, Writes
 
 __all__ = ["RocksDBStore", "destroy", "open_or_discard"]
 
@@ -136,11 +136,9 @@ class RocksDBStore:
                 batch.delete_range(start, stop)
         for key in sorted(writes.deletes):
             batch.delete(key)
-        put, puts = batch.put, writes.puts
-        for key in sorted(puts):
-            put(key, puts[key])
-        for run in writes.runs:
-            deque(map(put, run.keys, run.values), maxlen=0)  # a loop in C
+        keys = sorted(writes.puts)
+        for run in (Run(keys, [*map(writes.puts.__getitem__, keys)]), *writes.runs):
+            deque(map(batch.put, run.keys, run.values), maxlen=0)  # a loop in C
         batch.put(META_KEY, msgspec.msgpack.encode(meta))  # last: no range can take it away
         try:
             self._call(lambda db: db.write(batch))
