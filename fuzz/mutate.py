@@ -10,7 +10,8 @@ from fuzz.valid import varint
 
 __all__ = ["mutated"]
 
-EDITS_MAX: Final = 3
+EDITS: Final = (1, 1, 1, 2, 3)
+"""How many; mostly one, so that many mutated records are still valid, with other values."""
 _BYTES: Final = (0, 1, 2, 3, 4, 0x3F, 0x7F, 0x80, 0x81, 0xC0, 0xC2, 0xE0, 0xED, 0xF4, 0xFE, 0xFF)
 _PIECES: Final = (
     b"\xff" * 9 + b"\x01", b"\xff" * 9 + b"\x02", b"\xff" * 10, b"\x80" * 11, b"\x80\x00", b"\xfe" + b"\xff" * 8 + b"\x01",
@@ -25,7 +26,7 @@ def mutated(rng: random.Random, data: bytes, other: bytes) -> bytes:
     """``data`` after one to three edits, never as it was; ``other`` lends pieces."""
     while True:
         out = bytearray(data)
-        for _ in range(1 + int(rng.random() * EDITS_MAX)):
+        for _ in range(EDITS[int(rng.random() * len(EDITS))]):
             _EDITS[int(rng.random() * len(_EDITS))](rng, out, other)
         if out != data:
             return bytes(out)
