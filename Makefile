@@ -5,7 +5,7 @@ PYTEST := $(PY) -m pytest -q
 # Two processes, each with servers of its own, share the test files; ARGS="-n 0" makes it one.
 TWO := -n 2 --dist loadfile
 
-.PHONY: demo test check test-fast test-server test-kafka test-browser simulate simulate-mutants chaos bench profile format clean
+.PHONY: demo test check test-fast test-server test-kafka test-browser simulate simulate-mutants chaos fuzz bench profile format clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
@@ -47,6 +47,9 @@ simulate: $(VENV)/ready  ## SEEDS runs from FROM on in virtual time, each with f
 
 simulate-mutants: $(VENV)/ready  ## deliberate breaks of the protocol, one at a time: each must be caught
 	$(PY) -m simulation.hunt $(ARGS)
+
+fuzz: $(VENV)/ready  ## RECORDS mutated records from SEED on, and record sets: the kernels against their plain twins
+	$(PY) -m fuzz --records $(or $(RECORDS),10000000) --seed $(SEED) $(ARGS)
 
 bench: $(VENV)/ready  ## every benchmark, then the peers on the same jobs, appended to benchmarks/results.jsonl
 	$(PY) -m benchmarks all --transport all --append $(ARGS)

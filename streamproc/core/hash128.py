@@ -176,7 +176,8 @@ def hash_int64(values: I64) -> Hashes:
 
 def hash_float64(values: NDArray[np.float64]) -> Hashes:
     """Hashes of the floats' bits, -0.0 as 0.0 and every NaN as one."""
-    same = np.where(np.isnan(values), np.nan, np.asarray(values, np.float64) + 0.0)
+    # NaNs first: adding to a signalling one, which any eight bytes may be, would warn.
+    same = np.where(np.isnan(values), np.nan, np.asarray(values, np.float64)) + 0.0
     return hash_int64(same.view(np.int64))
 
 
