@@ -26,6 +26,7 @@ from streamproc.operators.accumulate import PartialAggregator
 from streamproc.operators.groupkeys import encode_group_key
 from streamproc.operators.partials import decode_partial
 from streamproc.operators.plan import Agg, Filter, TablePlan, WithColumns
+from streamproc.operators.rowcache import RowCache
 from streamproc.operators.tablerows import EPOCH, STATE, VISIBLE, Row, RowLayout, TableRows, is_row
 from streamproc.operators.windowtable import LateAggregate, WindowTable, result_shape
 
@@ -411,6 +412,27 @@ def test_sources_read_out_of_step_make_nothing_late_that_is_not_late_in_its_own_
 
 
 # ---- closing, retention
+
+
+def test_the_changed_rows_of_many_windows_that_close_at_once_are_looked_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner, looked_at = Owner(plan({"n": Agg("count")}, allowed_lateness_ms=1)), list[int]()
+    owner.apply([one(10 * n, key) for n in range(300) for key in "ab"])
+    owner.commit()
+    owner.apply([one(10 * n, "b") for n in range(300)])
+    window_starts = RowCache.window_starts
+    monkeypatch.setattr(
+        RowCache, "window_starts", lambda cache, ids: (looked_at.append(len(ids)), window_starts(cache, ids))[1]
+    )
+    owner.table.advance(2999, 2)
+    assert looked_at == [300]
+    owner.commit(2999)
+    closed = WindowState.CLOSED
+    assert Counter((row["s"], row["n"], row[STATE], row[EPOCH]) for row in owner.rows()) == {
+        ("a", 1, WindowState.FINAL, 2): 299, ("b", 2, WindowState.FINAL, 2): 299, ("a", 1, closed, 2): 1,
+        ("b", 2, closed, 2): 1,
+    }  # fmt: skip
 
 
 def test_windows_close_and_become_final_with_every_row_of_theirs() -> None:

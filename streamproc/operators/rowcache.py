@@ -94,16 +94,17 @@ class RowCache:
         ordered: I64 = ids[byte_order(self._keys(ids))]
         return ordered
 
-    def changed_of(self, window_start: int) -> I64:
-        """Those of one window, in any order."""
+    def changed_by_window(self) -> dict[int, I64]:
+        """The same rows by their windows' starts, in any order. One pass: an epoch of a backlog has thousands of windows."""
         ids = np.flatnonzero(self._changed[: self._rows])
-        found: I64 = ids[self.window_starts(ids) == window_start]
-        return found
+        starts = self.window_starts(ids)
+        order = np.argsort(starts, kind="stable")
+        found, firsts = np.unique(starts[order], return_index=True)
+        return dict(zip(found.tolist(), np.split(ids[order], firsts[1:]), strict=False))
 
     def window_starts(self, ids: I64) -> I64:
         """Of each row."""
-        gathered = self._keys(ids)
-        heads = gathered.buffer[gathered.start[:, None] + np.arange(_PREFIX_BYTES)]
+        heads = self._heap[self._start[ids][:, None] + np.arange(_PREFIX_BYTES)]
         starts: I64 = (heads.view(">u8").ravel().astype(np.uint64) ^ np.uint64(1 << 63)).view(np.int64)
         return starts
 

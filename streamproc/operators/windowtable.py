@@ -35,6 +35,7 @@ __all__ = ["LateAggregate", "WindowTable", "result_shape", "warm_up"]
 
 _SKIP_AFTER: Final = 500
 """Rows of one window after which `WindowTable.restore` seeks the next window; below it reading on is cheaper."""
+_NO_ROWS: Final = np.zeros(0, np.int64)
 
 
 class LateAggregate(NamedTuple):
@@ -125,11 +126,15 @@ class WindowTable:
 
     def advance(self, watermark: int, epoch: int) -> None:
         """Windows that ``watermark`` has passed become closed or final; ``epoch`` has changed every row of theirs."""
-        for start, before in list(self._live.items()):
+        moving = {}
+        for start, before in self._live.items():
             end = window_end(start, self._plan.window)
             state = state_at(end, self._plan.allowed_lateness_ms, watermark)
             if state > before:
-                self._move(start, state, epoch)
+                moving[start] = state
+        changed = self._cache.changed_by_window() if moving else {}
+        for start, state in moving.items():
+            self._move(start, state, epoch, changed.get(start, _NO_ROWS))
 
     def collect(self, epoch: int) -> None:
         """Write the rows that ``epoch`` has changed and what is new of their distinct values. Last in an epoch."""
@@ -237,12 +242,13 @@ class WindowTable:
             header.epoch, encode_partial(alone, 1, one.columns),
         )  # fmt: skip
 
-    def _move(self, start: int, state: WindowState, epoch: int) -> None:
-        """One window into its next state. Rows that the epoch has changed get it when they are written."""
+    def _move(self, start: int, state: WindowState, epoch: int, changed: I64) -> None:
+        """One window into its next state. The rows ``changed`` by the epoch get it when they are written."""
         prefix = window_prefix(start)
-        changed = set(self._cache.keys(self._cache.changed_of(start)))
-        for key, value in list(self._state.scan(prefix, prefix + CHUNK)):
-            if key not in changed:
+        stored = list(self._state.scan(prefix, prefix + CHUNK))
+        written_later = set(self._cache.keys(changed)) if stored else set()
+        for key, value in stored:
+            if key not in written_later:
                 self._state.put(key, self._layout.restamp(value, state, epoch))
         self._live[start] = state
         if state == WindowState.FINAL:
