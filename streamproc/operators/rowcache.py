@@ -21,6 +21,7 @@ from streamproc.eventtime.windows import WindowState
 from streamproc.operators.bytecolumns import byte_order, cut, gather
 from streamproc.operators.cellcolumns import CellColumn
 from streamproc.operators.tablerows import VERSION, Row, RowLayout
+from streamproc.operators.growth import grown
 
 __all__ = ["RowCache"]
 
@@ -138,22 +139,14 @@ class RowCache:
         return gather(Spans(self._heap, self._start, self._length), ids)
 
     def _make_room(self, rows: int, heap: int) -> None:
-        self._heap = _grown(self._heap, heap)
+        self._heap = grown(self._heap, heap)
         if rows > len(self._hashes):
             size = 1 << (rows - 1).bit_length()
             self._hashes, self._start, self._length, self._changed = (
-                _grown(one, size) for one in (self._hashes, self._start, self._length, self._changed)
+                grown(one, size) for one in (self._hashes, self._start, self._length, self._changed)
             )
             self._slots = np.zeros(2 * size, np.int64)
             _place(self._slots, self._hashes, self._rows)
-
-
-def _grown(array: NDArray[Any], size: int) -> NDArray[Any]:
-    if size <= len(array):
-        return array
-    wider = np.zeros(1 << (size - 1).bit_length(), array.dtype)
-    wider[: len(array)] = array
-    return wider
 
 
 @compiled
