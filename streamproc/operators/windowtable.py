@@ -285,7 +285,8 @@ def warm_up(state: KeyedState) -> None:
     """Compile or load every kernel of an owner, on an empty ``state``; called at start, off the way of the first record."""
     plan = example_plan()
     aggregator, table = PartialAggregator(plan), WindowTable(plan, state)
-    aggregator.add(example_rows(), np.zeros(2, np.int64))
+    rows = example_rows()
+    aggregator.add(rows, np.zeros(len(rows), np.int64))
     for partial in aggregator.drain(0, 1, 1, 0, False):
         for payload in partial.payloads:
             table.apply(*decode_partial(payload), NO_WATERMARK)
