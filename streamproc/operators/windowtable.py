@@ -77,10 +77,9 @@ def result_shape(plan: TablePlan) -> tuple[dict[str, pl.DataType], dict[str, pl.
 class WindowTable:
     """One windowed table in the task that owns a partition of it.
 
-    In an epoch: `apply` for every partial as it is read, `advance` when the watermark has moved, `expire` now and then,
-    and once, last, before the state is frozen, `collect`: until then changed rows are in memory only, decoded, so that
-    each is put once an epoch. After an abort (the state is already back at its last commit) `abort`; `restore` once at
-    the start.
+    In an epoch: `apply` for every partial as it is read; then, once, before the state is frozen, `advance`, `expire` now
+    and then, and last `collect`: until then changed rows are in memory only, decoded, so that each is put once an epoch.
+    After an abort (the state is already back at its last commit) `abort`; `restore` once at the start.
     """
 
     def __init__(self, plan: TablePlan, state: KeyedState, *, cache_bytes_max: int = DISTINCT_CACHE_BYTES_MAX) -> None:
@@ -122,7 +121,7 @@ class WindowTable:
             return []
         behind = np.isin(starts, list(late))
         self._merge(starts[~behind], rows.take(np.flatnonzero(~behind)))
-        return [self._late(header, rows, at, watermark) for at in np.flatnonzero(behind).tolist()]
+        return [self._late(header, one, watermark) for one in rows.take(np.flatnonzero(behind)).singles()]
 
     def advance(self, watermark: int, epoch: int) -> None:
         """Windows that ``watermark`` has passed become closed or final; ``epoch`` has changed every row of theirs."""
@@ -232,8 +231,7 @@ class WindowTable:
                 chunks = key[:8] + CHUNK + key[8:] + bytes([number])
                 counts.put(row, held + self._sets.add(chunks, hashes, empty=held == 0))
 
-    def _late(self, header: PartialHeader, rows: PartialRows, at: int, watermark: int) -> LateAggregate:
-        one = rows.take(np.array([at]))
+    def _late(self, header: PartialHeader, one: PartialRows, watermark: int) -> LateAggregate:
         start, key = int(one.integers(0)[0]), one.blobs(1)[0]
         end = window_end(start, self._plan.window)
         alone = msgspec.structs.replace(header, part=0, parts=1)
