@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections import Counter
 from datetime import UTC, date, datetime, time
 from fractions import Fraction
@@ -327,6 +328,16 @@ def test_byte_strings_are_ordered_gathered_and_cut_as_bytes_are(values: list[byt
     order = byte_order(column)
     assert [values[at] for at in order.tolist()] == sorted(values)
     assert cut(gather(column, order)) == sorted(values)
+
+
+def test_one_long_byte_string_among_many_takes_no_array_for_each_of_its_words() -> None:
+    values = [b"%d" % number for number in range(2_000)] + [b"1" * 100_000]
+    tracemalloc.start()
+    order = byte_order(spans(values))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [values[at] for at in order.tolist()] == sorted(values)
+    assert peak < 5_000_000
 
 
 # ---- partials

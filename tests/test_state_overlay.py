@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamproc.core.errors import UserError
+from streamproc.core.errors import InvariantBroken, UserError
 from streamproc.operators.contract import KeyedState
 from streamproc.state.contract import StoreMeta, Writes
 from streamproc.state.memory import MemoryStore
@@ -195,6 +195,15 @@ def test_rows_put_all_at_once_are_rows_like_any_other(then: str) -> None:
         replica |= {} if value is None else {key: value}
     assert {key[4:]: value for key, value in store.scan(b"", None)} == replica == dict(overlay.scan(b"", None))
     assert overlay.size_bytes == 0
+
+
+@pytest.mark.parametrize("before", ["put", "expire"])
+def test_rows_put_all_at_once_that_the_epoch_has_changed_before_are_found_out(before: str) -> None:
+    overlay, _ = overlay_over({b"a": b"0"})
+    overlay.put(b"a", b"1") if before == "put" else overlay.expire(b"a", b"b")
+    overlay.put_new([b"a"], [b"2"])
+    with pytest.raises(InvariantBroken, match="'orders'"):
+        overlay.changes()
 
 
 def test_rows_put_all_at_once_are_forgotten_with_their_epoch() -> None:

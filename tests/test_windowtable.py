@@ -24,8 +24,9 @@ from streamproc.eventtime.windows import WindowState, assign, late_mask, window_
 from streamproc.operators import accumulators, aggregates, windowtable
 from streamproc.operators.accumulate import PartialAggregator
 from streamproc.operators.groupkeys import encode_group_key
-from streamproc.operators.partials import decode_partial
+from streamproc.operators.partials import PartialRows, decode_partial
 from streamproc.operators.plan import Agg, Filter, TablePlan, WithColumns
+from streamproc.operators.rowcache import RowCache
 from streamproc.operators.tablerows import EPOCH, STATE, VISIBLE, Row, RowLayout, TableRows, is_row
 from streamproc.operators.windowtable import LateAggregate, WindowTable, result_shape
 
@@ -46,6 +47,8 @@ AGGS = {
     "distinct_t": aggregates.count_distinct("t"),
     "distinct_f": aggregates.count_distinct("f"),
 }
+WHOLES = {name: AGGS[name] for name in ("n", "n_f", "sum_i", "mean_i", "min_f", "max_d", "max_u")}
+"""Those whose rows are all of one width."""
 SCHEMA = {**KEYS, **INPUTS}
 
 
@@ -369,6 +372,20 @@ def test_a_late_aggregate_can_be_merged_by_the_owner_if_it_is_sent_back() -> Non
     assert [(row["n"], row["sum_f"], row["distinct_t"]) for row in owner.rows()] == [(2, 0.75, 2), (1, None, 0)]
 
 
+def test_a_partial_that_comes_late_as_a_whole_is_cut_once_not_once_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, cut = Owner(plan(WHOLES)), Counter[int]()
+    (payload,) = owner.payload([one(at, t=str(at)) for at in range(0, 2000, 10)])
+    spans = PartialRows.spans
+    monkeypatch.setattr(PartialRows, "spans", lambda rows, at: (cut.update([len(rows)]), spans(rows, at))[1])
+    header, rows = decode_partial(payload)
+    late = owner.table.apply(header, rows, 3000)
+    assert [one_.window_start for one_ in late] == list(range(0, 2000, 10))
+    assert cut[200] < 10
+    for one_ in late:
+        single, alone = decode_partial(one_.payload)
+        assert (single, len(alone)) == (header, 1)
+
+
 @given(st.integers(-50, 50), st.integers(0, 30), st.integers(-60, 100))
 def test_what_is_late_is_decided_by_the_definition(at: int, lateness: int, watermark: int) -> None:
     owner = Owner(plan({"n": Agg("count")}, allowed_lateness_ms=lateness))
@@ -411,6 +428,27 @@ def test_sources_read_out_of_step_make_nothing_late_that_is_not_late_in_its_own_
 
 
 # ---- closing, retention
+
+
+def test_the_changed_rows_of_many_windows_that_close_at_once_are_looked_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner, looked_at = Owner(plan({"n": Agg("count")}, allowed_lateness_ms=1)), list[int]()
+    owner.apply([one(10 * n, key) for n in range(300) for key in "ab"])
+    owner.commit()
+    owner.apply([one(10 * n, "b") for n in range(300)])
+    window_starts = RowCache.window_starts
+    monkeypatch.setattr(
+        RowCache, "window_starts", lambda cache, ids: (looked_at.append(len(ids)), window_starts(cache, ids))[1]
+    )
+    owner.table.advance(2999, 2)
+    assert looked_at == [300]
+    owner.commit(2999)
+    closed = WindowState.CLOSED
+    assert Counter((row["s"], row["n"], row[STATE], row[EPOCH]) for row in owner.rows()) == {
+        ("a", 1, WindowState.FINAL, 2): 299, ("b", 2, WindowState.FINAL, 2): 299, ("a", 1, closed, 2): 1,
+        ("b", 2, closed, 2): 1,
+    }  # fmt: skip
 
 
 def test_windows_close_and_become_final_with_every_row_of_theirs() -> None:
@@ -506,6 +544,38 @@ def test_rows_of_the_last_epochs_are_read_from_the_state_only_if_they_were_too_m
         assert owner.table._cache.size_bytes <= bytes_max
     assert {row["s"]: row["n"] for row in owner.rows()} == {"a": 4, "b": 3, "c": 2, "d": 2, "e": 2, "f": 2}
     assert read == {0: {"new": 4, "old": 9}, 400: {"old": 6}, 1 << 20: {}}[bytes_max]
+
+
+@pytest.mark.parametrize("names", [WHOLES, {**WHOLES, "f": Agg("sum", "f")}])
+def test_rows_of_final_windows_leave_the_memory_and_the_others_are_not_read_again(
+    names: dict[str, Agg], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, most = Owner(plan(names)), 0
+    monkeypatch.setattr(owner.state, "get", lambda key: pytest.fail("A row was looked for in the state."))
+    for at in range(0, 3000, 10):
+        for _ in range(2):
+            owner.apply(
+                [one(at, str(n), f=0.1, i=n) for n in range(20)] + [one(100_000, str(n), i=1) for n in (at, at + 1)]
+            )
+            owner.commit(at)
+        most = max(most, owner.table._cache.size_bytes)
+    assert most < 3 * owner.table._cache.size_bytes
+    assert len(owner.table._whole) == 2
+    for row in owner.rows():
+        ends = _ms(row["window_start"]) == 100_000
+        assert (row["n"], row["sum_i"]) == ((2, 2) if ends else (2, 2 * int(row["s"])))
+
+
+def test_texts_and_what_a_row_takes_in_memory_count_towards_the_epochs_bytes() -> None:
+    owner = Owner(plan({"t": Agg("min", "t")}))
+    owner.apply([one(1, str(n), t=str(n) * 1000) for n in range(100)])
+    assert owner.table.size_bytes > 100 * (1900 + 64)
+    owner.commit()
+    assert owner.table.size_bytes == 0
+    owner.apply([one(1, str(n), t="9") for n in range(100)])
+    assert owner.table.size_bytes > 100 * (1900 + 64), "read from the state"
+    owner.table.abort()
+    assert owner.table.size_bytes == 0
 
 
 def test_a_new_windows_rows_are_not_looked_for_in_the_state_and_an_old_ones_are() -> None:
@@ -630,7 +700,6 @@ def test_row_layout_comes_back_and_is_fixed_for_ever() -> None:
 
 # ---- rows as columns against rows one by one
 
-WHOLES = {name: AGGS[name] for name in ("n", "n_f", "sum_i", "mean_i", "min_f", "max_d", "max_u")}
 RECORDS = st.fixed_dictionaries(
     {
         "at": st.sampled_from([1, 2, 11]),

@@ -28,6 +28,7 @@ _ROWS_BYTES_MAX: Final = INTERNAL_BATCH_BYTES_MAX - 8 * 1024
 """Rows of one payload: what its head, its columns' heads and the record batch take is left free."""
 _PIECE_IDS_MAX: Final = INTERNAL_BATCH_BYTES_MAX // 2 // 16
 """Hashes of one row of a payload, over all its columns; a group with more becomes several rows."""
+_EXAMPLE_ROWS: Final = 200
 
 
 class _Rows(NamedTuple):
@@ -183,5 +184,8 @@ def example_plan() -> TablePlan:
 
 
 def example_rows() -> pl.DataFrame:
-    """Two records of it."""
-    return pl.DataFrame({"i": [1, 2], "f": [1.0, 2.0], "t": ["a", "b"]})
+    """Records of it, so many groups that what is kept of them grows."""
+    numbers = range(_EXAMPLE_ROWS)
+    return pl.DataFrame(
+        {"i": numbers, "f": map(float, numbers), "t": map(str, numbers)}, schema_overrides={"i": pl.Int64}
+    )

@@ -6,7 +6,7 @@ belongs to nobody and stays empty: taking it ships an identity.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from streamproc.core.batch import I64
 from streamproc.core.hash128 import U64, hash_series
+from streamproc.operators.growth import grown
 from streamproc.operators.kernels import (
     CARRY_EVERY,
     add_limbs,
@@ -31,7 +32,6 @@ from streamproc.operators.plan import Agg
 
 __all__ = ["Accumulator", "Distinct", "Entries", "Spans", "accumulator_of", "ordered_from", "span_column", "to_ordered"]
 
-S = TypeVar("S", bound=np.generic)
 Spans = tuple[I64, I64]
 _GROUPS_MIN = 64
 _SIGN = np.int64(-(1 << 63))
@@ -81,7 +81,7 @@ class _RowCount:
         self._counts = np.zeros(_GROUPS_MIN, np.int64)
 
     def room(self, groups: int) -> None:
-        self._counts = _grown(self._counts, groups)
+        self._counts = grown(self._counts, groups + 1)
 
     def add(self, gids: I64, frame: pl.DataFrame) -> None:
         count_rows(gids, self._counts)
@@ -119,8 +119,8 @@ class _WholeSum:
         self._low = np.zeros(_GROUPS_MIN, np.uint64)
 
     def room(self, groups: int) -> None:
-        self._counts, self._high = _grown(self._counts, groups), _grown(self._high, groups)
-        self._low = _grown(self._low, groups)
+        self._counts, self._high = grown(self._counts, groups + 1), grown(self._high, groups + 1)
+        self._low = grown(self._low, groups + 1)
 
     def add(self, gids: I64, frame: pl.DataFrame) -> None:
         gids, values = _valid(gids, frame.get_column(self._column))
@@ -154,8 +154,8 @@ class _FloatSum:
         self._added = 0
 
     def room(self, groups: int) -> None:
-        self._counts, self._special = _grown(self._counts, groups), _grown(self._special, groups)
-        self._limbs = _grown(self._limbs, groups)
+        self._counts, self._special = grown(self._counts, groups + 1), grown(self._special, groups + 1)
+        self._limbs = grown(self._limbs, groups + 1)
 
     def add(self, gids: I64, frame: pl.DataFrame) -> None:
         gids, values = _valid(gids, frame.get_column(self._column))
@@ -213,7 +213,7 @@ class _Extreme:
         self._counts, self._best = np.zeros(_GROUPS_MIN, np.int64), np.zeros(_GROUPS_MIN, np.int64)
 
     def room(self, groups: int) -> None:
-        self._counts, self._best = _grown(self._counts, groups), _grown(self._best, groups)
+        self._counts, self._best = grown(self._counts, groups + 1), grown(self._best, groups + 1)
 
     def add(self, gids: I64, frame: pl.DataFrame) -> None:
         gids, values = _valid(gids, frame.get_column(self._column))
@@ -366,11 +366,3 @@ def _valid(gids: I64, values: pl.Series) -> tuple[I64, pl.Series]:
 def _array(values: pl.Series) -> NDArray[Any]:
     """As one writable array: kernels are compiled for no other."""
     return values.to_numpy(writable=True)
-
-
-def _grown(array: NDArray[S], groups: int) -> NDArray[S]:
-    if groups < len(array):
-        return array
-    wider = np.zeros((1 << groups.bit_length(), *array.shape[1:]), array.dtype)
-    wider[: len(array)] = array
-    return wider

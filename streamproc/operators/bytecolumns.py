@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from streamproc.avro.recordbatch import Spans
@@ -9,6 +11,10 @@ from streamproc.core.batch import I64, U8
 from streamproc.core.hash128 import U64, compiled
 
 __all__ = ["byte_order", "cut", "gather"]
+
+_WORDS_MAX: Final = 8
+"""Words of eight bytes that a column is put in order by; each takes an array as long as the column. Longer byte strings,
+one among many is enough, are compared as objects."""
 
 
 def gather(column: Spans, rows: I64) -> Spans:
@@ -31,6 +37,9 @@ def byte_order(column: Spans) -> I64:
     """The places of the byte strings in ascending order, as Python sorts ``bytes``."""
     rows = len(column.start)
     words = -(-int(column.length.max()) // 8) if rows else 0
+    if words > _WORDS_MAX:
+        values = cut(column)
+        return np.array(sorted(range(rows), key=values.__getitem__), np.int64)
     # Behind equal bytes the shorter one is less: missing bytes count as 0, and the length decides last.
     keys: list[U64 | I64] = [column.length]
     for word in range(words - 1, -1, -1):

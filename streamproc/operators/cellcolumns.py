@@ -7,18 +7,18 @@ cells' own values.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamproc.core.batch import I64
 from streamproc.core.hash128 import U64, compiled
+from streamproc.operators.growth import grown
 from streamproc.operators.partials import PartialRows
 
 __all__ = ["CellColumn", "Counts", "Extremes", "Listed", "Wholes"]
 
-S = TypeVar("S", bound=np.generic)
 _ROWS_MIN = 64
 _MASK = (1 << 64) - 1
 
@@ -72,7 +72,10 @@ class Counts(CellColumn):
         self._counts = np.zeros(_ROWS_MIN, np.int64)
 
     def room(self, rows: int) -> None:
-        self._counts = _grown(self._counts, rows)
+        self._counts = grown(self._counts, rows)
+
+    def select(self, ids: I64) -> None:
+        self._counts = self._counts[ids]
 
     def merge(self, ids: I64, rows: PartialRows, at: int) -> None:
         _add(ids, rows.integers(at), self._counts)
@@ -98,8 +101,11 @@ class Wholes(CellColumn):
         self._low = np.zeros(_ROWS_MIN, np.uint64)
 
     def room(self, rows: int) -> None:
-        self._counts, self._high = _grown(self._counts, rows), _grown(self._high, rows)
-        self._low = _grown(self._low, rows)
+        self._counts, self._high = grown(self._counts, rows), grown(self._high, rows)
+        self._low = grown(self._low, rows)
+
+    def select(self, ids: I64) -> None:
+        self._counts, self._high, self._low = self._counts[ids], self._high[ids], self._low[ids]
 
     def merge(self, ids: I64, rows: PartialRows, at: int) -> None:
         _add(ids, rows.integers(at), self._counts)
@@ -127,7 +133,10 @@ class Extremes(CellColumn):
         self._seen, self._best = np.zeros(_ROWS_MIN, np.uint8), np.zeros(_ROWS_MIN, np.int64)
 
     def room(self, rows: int) -> None:
-        self._seen, self._best = _grown(self._seen, rows), _grown(self._best, rows)
+        self._seen, self._best = grown(self._seen, rows), grown(self._best, rows)
+
+    def select(self, ids: I64) -> None:
+        self._seen, self._best = self._seen[ids], self._best[ids]
 
     def merge(self, ids: I64, rows: PartialRows, at: int) -> None:
         _keep_better(ids, rows.integers(at), rows.integers(at + 1), self._greatest, self._seen, self._best)
@@ -164,14 +173,6 @@ class Listed(CellColumn):
 
     def get(self, row: int) -> Any:
         return self._values[row]
-
-
-def _grown(array: NDArray[S], rows: int) -> NDArray[S]:
-    if rows <= len(array):
-        return array
-    wider = np.zeros(1 << (rows - 1).bit_length(), array.dtype)
-    wider[: len(array)] = array
-    return wider
 
 
 @compiled

@@ -133,6 +133,18 @@ class PartialRows:
                 columns.append(Column(FIXED, column.body[4 * len(rows) :]) if kind == FIXED else column)
         return PartialRows(len(rows), columns)
 
+    def singles(self) -> list[PartialRows]:
+        """Each row alone; every column is cut once."""
+        columns = []
+        for at, (kind, body) in enumerate(self.columns):
+            if kind == INT64:
+                columns.append([Column(kind, body[start : start + 8]) for start in range(0, len(body), 8)])
+            elif kind == FIXED:
+                columns.append([Column(kind, value) for value in self.blobs(at)])
+            else:
+                columns.append([texts_column([value]) for value in self.blobs(at)])
+        return [PartialRows(1, list(row)) for row in zip(*columns, strict=True)]
+
 
 def decode_partial(payload: bytes) -> tuple[PartialHeader, PartialRows]:
     """Head and rows of a record from a repartition topic; bytes of another format break an invariant."""

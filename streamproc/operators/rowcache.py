@@ -21,6 +21,7 @@ from streamproc.eventtime.windows import WindowState
 from streamproc.operators.bytecolumns import byte_order, cut, gather
 from streamproc.operators.cellcolumns import CellColumn
 from streamproc.operators.tablerows import VERSION, Row, RowLayout
+from streamproc.operators.growth import grown
 
 __all__ = ["RowCache"]
 
@@ -94,16 +95,17 @@ class RowCache:
         ordered: I64 = ids[byte_order(self._keys(ids))]
         return ordered
 
-    def changed_of(self, window_start: int) -> I64:
-        """Those of one window, in any order."""
+    def changed_by_window(self) -> dict[int, I64]:
+        """The same rows by their windows' starts, in any order. One pass: an epoch of a backlog has thousands of windows."""
         ids = np.flatnonzero(self._changed[: self._rows])
-        found: I64 = ids[self.window_starts(ids) == window_start]
-        return found
+        starts = self.window_starts(ids)
+        order = np.argsort(starts, kind="stable")
+        found, firsts = np.unique(starts[order], return_index=True)
+        return dict(zip(found.tolist(), np.split(ids[order], firsts[1:]), strict=False))
 
     def window_starts(self, ids: I64) -> I64:
         """Of each row."""
-        gathered = self._keys(ids)
-        heads = gathered.buffer[gathered.start[:, None] + np.arange(_PREFIX_BYTES)]
+        heads = self._heap[self._start[ids][:, None] + np.arange(_PREFIX_BYTES)]
         starts: I64 = (heads.view(">u8").ravel().astype(np.uint64) ^ np.uint64(1 << 63)).view(np.int64)
         return starts
 
@@ -137,22 +139,14 @@ class RowCache:
         return gather(Spans(self._heap, self._start, self._length), ids)
 
     def _make_room(self, rows: int, heap: int) -> None:
-        self._heap = _grown(self._heap, heap)
+        self._heap = grown(self._heap, heap)
         if rows > len(self._hashes):
             size = 1 << (rows - 1).bit_length()
             self._hashes, self._start, self._length, self._changed = (
-                _grown(one, size) for one in (self._hashes, self._start, self._length, self._changed)
+                grown(one, size) for one in (self._hashes, self._start, self._length, self._changed)
             )
             self._slots = np.zeros(2 * size, np.int64)
             _place(self._slots, self._hashes, self._rows)
-
-
-def _grown(array: NDArray[Any], size: int) -> NDArray[Any]:
-    if size <= len(array):
-        return array
-    wider = np.zeros(1 << (size - 1).bit_length(), array.dtype)
-    wider[: len(array)] = array
-    return wider
 
 
 @compiled
@@ -183,7 +177,7 @@ def _number(
         from_, n = key_start[i], key_length[i]
         prefix = np.uint64(window_starts[i]) ^ (_ONE << np.uint64(63))
         _, low = hash_bytes(keys, from_, n)
-        wanted = low ^ (prefix * _SPREAD)
+        wanted = low ^ _mixed(prefix)
         at = wanted & mask
         row = -1
         while slots[at] != 0:
@@ -222,3 +216,11 @@ def _same(heap: U8, start: int, length: int, prefix: Any, keys: U8, from_: int, 
             same = heap[start + at] == keys[from_ + at - 8]
         at += 1
     return same
+@compiled
+def _mixed(prefix: Any) -> Any:
+    """A window start's part of a row's hash. Starts are multiples of the window's size, whose low bits, which choose the
+    slot, may all be 0: they are taken from above."""
+    spread = prefix * _SPREAD
+    return spread ^ (spread >> np.uint64(32))
+
+

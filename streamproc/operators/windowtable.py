@@ -35,6 +35,7 @@ __all__ = ["LateAggregate", "WindowTable", "result_shape", "warm_up"]
 
 _SKIP_AFTER: Final = 500
 """Rows of one window after which `WindowTable.restore` seeks the next window; below it reading on is cheaper."""
+_NO_ROWS: Final = np.zeros(0, np.int64)
 
 
 class LateAggregate(NamedTuple):
@@ -76,10 +77,9 @@ def result_shape(plan: TablePlan) -> tuple[dict[str, pl.DataType], dict[str, pl.
 class WindowTable:
     """One windowed table in the task that owns a partition of it.
 
-    In an epoch: `apply` for every partial as it is read, `advance` when the watermark has moved, `expire` now and then,
-    and once, last, before the state is frozen, `collect`: until then changed rows are in memory only, decoded, so that
-    each is put once an epoch. After an abort (the state is already back at its last commit) `abort`; `restore` once at
-    the start.
+    In an epoch: `apply` for every partial as it is read; then, once, before the state is frozen, `advance`, `expire` now
+    and then, and last `collect`: until then changed rows are in memory only, decoded, so that each is put once an epoch.
+    After an abort (the state is already back at its last commit) `abort`; `restore` once at the start.
     """
 
     def __init__(self, plan: TablePlan, state: KeyedState, *, cache_bytes_max: int = DISTINCT_CACHE_BYTES_MAX) -> None:
@@ -121,15 +121,19 @@ class WindowTable:
             return []
         behind = np.isin(starts, list(late))
         self._merge(starts[~behind], rows.take(np.flatnonzero(~behind)))
-        return [self._late(header, rows, at, watermark) for at in np.flatnonzero(behind).tolist()]
+        return [self._late(header, one, watermark) for one in rows.take(np.flatnonzero(behind)).singles()]
 
     def advance(self, watermark: int, epoch: int) -> None:
         """Windows that ``watermark`` has passed become closed or final; ``epoch`` has changed every row of theirs."""
-        for start, before in list(self._live.items()):
+        moving = {}
+        for start, before in self._live.items():
             end = window_end(start, self._plan.window)
             state = state_at(end, self._plan.allowed_lateness_ms, watermark)
             if state > before:
-                self._move(start, state, epoch)
+                moving[start] = state
+        changed = self._cache.changed_by_window() if moving else {}
+        for start, state in moving.items():
+            self._move(start, state, epoch, changed.get(start, _NO_ROWS))
 
     def collect(self, epoch: int) -> None:
         """Write the rows that ``epoch`` has changed and what is new of their distinct values. Last in an epoch."""
@@ -227,8 +231,7 @@ class WindowTable:
                 chunks = key[:8] + CHUNK + key[8:] + bytes([number])
                 counts.put(row, held + self._sets.add(chunks, hashes, empty=held == 0))
 
-    def _late(self, header: PartialHeader, rows: PartialRows, at: int, watermark: int) -> LateAggregate:
-        one = rows.take(np.array([at]))
+    def _late(self, header: PartialHeader, one: PartialRows, watermark: int) -> LateAggregate:
         start, key = int(one.integers(0)[0]), one.blobs(1)[0]
         end = window_end(start, self._plan.window)
         alone = msgspec.structs.replace(header, part=0, parts=1)
@@ -237,12 +240,13 @@ class WindowTable:
             header.epoch, encode_partial(alone, 1, one.columns),
         )  # fmt: skip
 
-    def _move(self, start: int, state: WindowState, epoch: int) -> None:
-        """One window into its next state. Rows that the epoch has changed get it when they are written."""
+    def _move(self, start: int, state: WindowState, epoch: int, changed: I64) -> None:
+        """One window into its next state. The rows ``changed`` by the epoch get it when they are written."""
         prefix = window_prefix(start)
-        changed = set(self._cache.keys(self._cache.changed_of(start)))
-        for key, value in list(self._state.scan(prefix, prefix + CHUNK)):
-            if key not in changed:
+        stored = list(self._state.scan(prefix, prefix + CHUNK))
+        written_later = set(self._cache.keys(changed)) if stored else set()
+        for key, value in stored:
+            if key not in written_later:
                 self._state.put(key, self._layout.restamp(value, state, epoch))
         self._live[start] = state
         if state == WindowState.FINAL:
@@ -279,7 +283,8 @@ def warm_up(state: KeyedState) -> None:
     """Compile or load every kernel of an owner, on an empty ``state``; called at start, off the way of the first record."""
     plan = example_plan()
     aggregator, table = PartialAggregator(plan), WindowTable(plan, state)
-    aggregator.add(example_rows(), np.zeros(2, np.int64))
+    rows = example_rows()
+    aggregator.add(rows, np.zeros(len(rows), np.int64))
     for partial in aggregator.drain(0, 1, 1, 0, False):
         for payload in partial.payloads:
             table.apply(*decode_partial(payload), NO_WATERMARK)

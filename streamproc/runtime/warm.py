@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Final
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from streamproc.state.memory import MemoryStore
 from streamproc.state.overlay import Overlay
 
 __all__ = ["warm_up"]
+
+_IDS: Final = 4_096
+"""So many that the table of a dedupe step grows."""
 
 
 @cache
@@ -35,6 +39,6 @@ def warm_up(*, pipelines: bool) -> None:
 def _warm_up_dedupe() -> None:
     operator = DedupeOperator(Dedupe("warm-up", ("id",), 8, "pass", ""), Overlay(MemoryStore(), "warm-up"))
     operator.restore()
-    one, times = np.ones(1, np.uint64), np.zeros(1, np.int64)
-    operator.admit(one, one, times, np.full(1, NO_WATERMARK, np.int64))
+    ids = np.arange(1, _IDS + 1, dtype=np.uint64)
+    operator.admit(ids, ids, np.zeros(_IDS, np.int64), np.full(_IDS, NO_WATERMARK, np.int64))
     operator.collect(1)

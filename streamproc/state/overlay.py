@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypeAlias, cast, overload
 
 import google_crc32c
 
-from streamproc.core.errors import UserError
+from streamproc.core.errors import UserError, invariant
 from streamproc.state.contract import Run, Store, Writes
 
 __all__ = [
@@ -209,7 +209,10 @@ class Overlay:
         keys, values = self._run
         if keys:
             self._run = Run([], [])
+            wanted = len(self._puts) + len(keys)
             self._puts.update(zip(keys, values, strict=True))
+            fresh = len(self._puts) == wanted and self._gone.keys().isdisjoint(keys)
+            invariant(fresh, f"Rows of table {self.table!r} that the epoch had changed were put as new ones.")
             self._fresh += keys
 
     def _remove(self, key: bytes, how: Tombstone) -> None:
