@@ -28,6 +28,9 @@ COMMITS_MIN: Final = 20
 COMMIT_INTERVAL_S: Final = 0.25
 """Of a run of `FULL_RECORDS`; shorter ones commit more often, so that there is something to commit in time."""
 COMMIT_INTERVAL_S_MIN: Final = 0.02
+FORWARD_INTERVAL_S: Final = 0.08
+"""The same for `forward`, whose worker needs a second or two for `FULL_RECORDS`; of longer runs it grows, up to `_MAX`."""
+FORWARD_INTERVAL_S_MAX: Final = 1.0
 FETCH_BYTES_MIN: Final = 128 * 1024
 WARM_RECORDS: Final = 20_000
 
@@ -55,7 +58,7 @@ def run(
         told = Settings(
             broker=log.broker, folder=str(folder / "state"), app_id=f"benchmark-{name}-{number}",
             topic=f"{TOPIC}-{number}", records=records,
-            commit_interval_s=commit_interval_s(records) if interval_s is None else interval_s, profile=profile,
+            commit_interval_s=commit_interval_s(records, name) if interval_s is None else interval_s, profile=profile,
             fetch_bytes_max=fetch_bytes_max(records),
         )  # fmt: skip
         _warm_up(name, told, log, folder, clock, say)
@@ -70,10 +73,12 @@ def run(
     return _line(name, transport, told, measured, wrong, log)
 
 
-def commit_interval_s(records: int) -> float:
-    """Between two commits of a task."""
-    share = COMMIT_INTERVAL_S * records / FULL_RECORDS
-    return max(COMMIT_INTERVAL_S_MIN, min(round(share, 3), COMMIT_INTERVAL_S))
+def commit_interval_s(records: int, name: str = "") -> float:
+    """Between two commits of a task, so that there are `COMMITS_MIN` of them, and to spare, in a run of `name`."""
+    most_s, full_s = COMMIT_INTERVAL_S, COMMIT_INTERVAL_S
+    if name == "forward":
+        most_s, full_s = FORWARD_INTERVAL_S_MAX, FORWARD_INTERVAL_S
+    return max(COMMIT_INTERVAL_S_MIN, min(round(full_s * records / FULL_RECORDS, 3), most_s))
 
 
 def fetch_bytes_max(records: int) -> int:

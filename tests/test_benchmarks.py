@@ -146,6 +146,12 @@ def test_a_shorter_run_commits_more_often_and_a_longer_one_no_less() -> None:
         0.25,
         0.25,
     ]
+    assert [commit_interval_s(records, "forward") for records in (200_000, 2_000_000, 8_000_000, 80_000_000)] == [
+        0.02,
+        0.08,
+        0.32,
+        1.0,
+    ]
 
 
 def test_a_worker_that_ends_before_its_marks_is_an_error_with_its_last_words(tmp_path: Path) -> None:

@@ -57,8 +57,7 @@ def batch_of(records: list[OutRecord], first: int = 0) -> RawBatch:
 
 
 def taken(forward: Forward) -> list[OutRecord]:
-    columns = forward.take()
-    return [] if columns is None else list(OutColumns(columns))
+    return list(OutColumns(*forward.take()))
 
 
 def test_columns_of_records_are_built_into_the_batch_that_the_records_make() -> None:
@@ -68,9 +67,7 @@ def test_columns_of_records_are_built_into_the_batch_that_the_records_make() -> 
     wanted = [records[row] for row in rows]
     forward = Forward()
     forward.add(batch, pl.Series(rows, dtype=pl.UInt32).to_numpy())
-    columns = forward.take()
-    assert columns is not None
-    made = OutColumns(columns)
+    made = OutColumns(*forward.take())
     assert list(made) == wanted
     assert (len(made), made[-1], list(made[5:9])) == (len(wanted), wanted[-1], wanted[5:9])
     for bytes_max in (100, 5_000, 1 << 20):
@@ -104,10 +101,10 @@ def test_the_epoch_is_counted_in_bytes_handed_out_once_and_forgotten_when_droppe
     forward.add(batch.rows(4, 10), pl.Series([0]).to_numpy())
     assert forward.size_bytes == batch.buffer.nbytes, "the batch was cut, its buffer is one"
     assert len(taken(forward)) == 3
-    assert (forward.size_bytes, forward.take()) == (0, None)
+    assert (forward.size_bytes, forward.take()) == (0, [])
     forward.add(batch, pl.Series([1]).to_numpy())
     forward.drop()
-    assert (forward.size_bytes, forward.take()) == (0, None)
+    assert (forward.size_bytes, forward.take()) == (0, [])
 
 
 # --- a whole app ------------------------------------------------------------------------------------------------------

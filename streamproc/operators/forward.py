@@ -1,8 +1,9 @@
-"""Records that go on to a topic as they came: noted batch by batch, made columns once, at the end of the epoch."""
+"""Records that go on to a topic as they came: noted batch by batch, made columns at the end of the epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -20,7 +21,8 @@ class Forward:
     """What one task sends to one topic. `add` is called for every batch, `take` at the end of an epoch; an epoch that
     does not commit ends with `drop`.
 
-    Bytes are not copied before `take`: a batch of which any record goes on is held whole until then, and counted so.
+    No byte is copied here, but for records that came by several branches: a batch of which any record goes on is held
+    whole until it is written, and counted so.
     """
 
     def __init__(self) -> None:
@@ -28,22 +30,22 @@ class Forward:
         self.size_bytes = 0
 
     def add(self, batch: RawBatch, rows: I64) -> None:
-        """The given ``rows`` of ``batch`` go on."""
+        """The given ``rows`` (ascending) of ``batch`` go on; none at all is right too."""
+        if not len(rows):
+            return
         if not self._parts or self._parts[-1][0].buffer is not batch.buffer:
             self.size_bytes += batch.buffer.nbytes
         self._parts.append((batch, rows))
 
-    def take(self) -> Columns | None:
+    def take(self) -> list[Columns]:
         """Everything since the last call, in offset order (a record that came by two branches is there twice): how the
-        epoch was cut into batches must not show. None: nothing."""
+        epoch was cut into batches must not show. One part for each batch where that is the order already."""
         parts = self._parts
         self.drop()
-        if not parts:
-            return None
+        if all(one.offsets[rows[-1]] <= other.offsets[more[0]] for (one, rows), (other, more) in pairwise(parts)):
+            return [Columns.of(batch, rows) for batch, rows in parts]
         offsets = np.concatenate([batch.offsets[rows] for batch, rows in parts])
-        if (np.diff(offsets) < 0).any():
-            return _joined(parts).part(np.argsort(offsets, kind="stable"))
-        return _joined(parts)
+        return [_joined(parts).part(np.argsort(offsets, kind="stable"))]
 
     def drop(self) -> None:
         """Forget the open epoch."""

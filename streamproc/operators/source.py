@@ -103,8 +103,8 @@ class Collected:
     """Dead letters and late records, in offset order."""
     counts: Counters
     """Of this epoch."""
-    forwarded: dict[str, Columns] = field(default_factory=dict)
-    """By topic: records that go on as they came, in offset order."""
+    forwarded: dict[str, list[Columns]] = field(default_factory=dict)
+    """By topic: records that go on as they came, in offset order, in parts; a topic that nothing goes to is absent."""
 
 
 def projection(plan: SourcePlan) -> dict[str, Use]:
@@ -210,7 +210,7 @@ class SourceProgram:
         side, counts = self._side.take()
         self._committed.add(counts)
         taken = ((topic, forward.take()) for topic, forward in self._forwards.items())
-        forwarded = {topic: columns for topic, columns in taken if columns is not None}
+        forwarded = {topic: parts for topic, parts in taken if parts}
         return Collected(partials, side, counts, forwarded)
 
     def abort(self, state: WatermarkState | None) -> None:

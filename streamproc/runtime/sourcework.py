@@ -88,8 +88,8 @@ class SourceWork(Work):
             target = found.setdefault(TopicPartition(side.topic, self.tp.partition), [])
             target.append(side_record(side))
         forwarded: dict[TopicPartition, Sequence[OutRecord]] = {}
-        for topic, columns in self._collected.forwarded.items():
-            target_tp, records = TopicPartition(topic, self.tp.partition), OutColumns(columns)
+        for topic, parts in self._collected.forwarded.items():
+            target_tp, records = TopicPartition(topic, self.tp.partition), OutColumns(*parts)
             # A topic may take late records as well.
             forwarded[target_tp] = [*records, *found[target_tp]] if target_tp in found else records
         return found | forwarded

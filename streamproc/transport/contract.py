@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, overload
 
-from streamproc.avro.recordbatch import Columns, Spans
+from streamproc.avro.recordbatch import Columns, Spans, cut
 from streamproc.core.batch import RawBatch, headers_of
 from streamproc.core.types import Offset, TopicPartition
 
@@ -36,14 +36,15 @@ class OutRecord(NamedTuple):
 
 
 class OutColumns(Sequence[OutRecord]):
-    """Records to be written that are columns already: their batches are built in one go. An `OutRecord` is made only of
-    those that somebody asks for one by one."""
+    """Records to be written that are columns already, one part behind the other: their batches are built in one go. An
+    `OutRecord` is made only of those that somebody asks for one by one."""
 
-    def __init__(self, columns: Columns) -> None:
-        self.columns = columns
+    def __init__(self, *parts: Columns) -> None:
+        self.parts = parts
+        self._count = sum(len(part.timestamps) for part in parts)
 
     def __len__(self) -> int:
-        return len(self.columns.timestamps)
+        return self._count
 
     @overload
     def __getitem__(self, at: int) -> OutRecord: ...
@@ -51,16 +52,17 @@ class OutColumns(Sequence[OutRecord]):
     def __getitem__(self, at: slice) -> OutColumns: ...
     def __getitem__(self, at: int | slice) -> OutRecord | OutColumns:
         if isinstance(at, slice):
-            return OutColumns(self.columns.part(at))
-        keys, values, headers, timestamps = self.columns
-        encoded = _bytes(headers, at)
-        return OutRecord(
-            _bytes(keys, at), _bytes(values, at), headers_of(encoded) if encoded else (), int(timestamps[at])
-        )
+            lo, hi, _ = at.indices(len(self))
+            return OutColumns(*cut(self.parts, lo, hi))
+        at = range(len(self))[at]
+        ((keys, values, headers, timestamps),) = cut(self.parts, at, at + 1)
+        encoded = _bytes(headers)
+        return OutRecord(_bytes(keys), _bytes(values), headers_of(encoded) if encoded else (), int(timestamps[0]))
 
 
-def _bytes(spans: Spans, at: int) -> bytes | None:
-    start, length = int(spans.start[at]), int(spans.length[at])
+def _bytes(spans: Spans) -> bytes | None:
+    """Of one record."""
+    start, length = int(spans.start[0]), int(spans.length[0])
     return None if length < 0 else spans.buffer[start : start + length].tobytes()
 
 

@@ -186,5 +186,5 @@ class Writing:
             for data in self.build(some, sequence):
                 count = recordbatch.read_header(data).records
                 # A producer's batches all begin at offset 0: the broker assigns the real ones. (No checksum covers it.)
-                yield _Batch(records[at : at + count], sequence, bytes(8) + data[8:])
+                yield _Batch(records[at : at + count], sequence, bytes(8) + memoryview(data)[8:])
                 at, sequence = at + count, (sequence + count) % SEQUENCES
