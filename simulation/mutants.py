@@ -105,13 +105,13 @@ _ALL = (
     )),
     Mutant("barrier-lets-a-batch-start", "behind the barrier nothing is handed out", (
         (AGENTS, "        self._gate = False\n        for instance in self._instances:\n            instance.cut()\n", ""),
-        (TASK, "        done = await commit(self._parts, self.record)\n        self._note(done)\n        self.env",
-               "        going = asyncio.ensure_future(commit(self._parts, self.record))\n"
-               "        while not going.done():\n"
-               "            if self._inbox and work.ready():\n"
-               "                self._process(self._inbox.popleft())\n"
-               "            await asyncio.sleep(0.001)\n"
-               "        done = going.result()\n        self._note(done)\n        self.env"),
+        (TASK, "            done = await commit(self._parts, self.record)\n",
+               "            going = asyncio.ensure_future(commit(self._parts, self.record))\n"
+               "            while not going.done():\n"
+               "                if self._inbox and work.ready():\n"
+               "                    self._process(self._inbox.popleft())\n"
+               "                await asyncio.sleep(0.001)\n"
+               "            done = going.result()\n"),
     )),
     Mutant("take-past-the-barrier", "what `take` buffers is not handed out until yielded", (
         (AGENTS, "            while values := list(islice(instance.it, max_)):\n                yield values\n",

@@ -197,6 +197,19 @@ def test_splitting_keeps_batches_below_the_limit_and_a_larger_record_alone() -> 
     assert split_build([], now_ms=0) == []
 
 
+@given(
+    st.none() | st.binary(max_size=300), st.none() | st.binary(max_size=2_000),
+    st.lists(st.tuples(st.text(max_size=5), st.none() | st.binary(max_size=5)), max_size=3).map(tuple),
+    st.none() | st.integers(0, 1 << 41),
+)  # fmt: skip
+def test_a_record_alone_makes_the_batch_that_columns_make(
+    key: bytes | None, value: bytes | None, headers: Headers, stamp: int | None
+) -> None:
+    record = OutRecord(key, value, headers, stamp)
+    [alone] = split_build([record], producer_id=7, producer_epoch=2, base_sequence=5, transactional=True, now_ms=9)
+    assert alone == build([record], producer_id=7, producer_epoch=2, base_sequence=5, transactional=True, now_ms=9)
+
+
 def test_columns_build_what_records_build() -> None:
     records = [OutRecord(None if i % 5 == 0 else b"key%d" % i, b"v" * (i % 7), (), i) for i in range(100)]
     keys = b"".join(r.key or b"" for r in records)

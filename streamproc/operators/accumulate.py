@@ -100,18 +100,21 @@ class PartialAggregator:
         homes = np.empty(len(self._groups), np.int64)
         partitions_of(keys.buffer, keys.start + keys.length, self._plan.partitions, homes)
         hashes = [one.sorted(len(self._groups)) for one in self._distinct]
+        nothing: list[bytes] = []  # the payloads of all that get no row are the same
         for destination in range(self._plan.partitions):
             gids = np.flatnonzero(homes == destination) + 1
-            if len(gids) or changed:
+            if nothing and not len(gids):
+                yield Partial(destination, nothing)
+            elif len(gids) or changed:
                 rows = self._rows(gids, [spans for spans, _ in hashes], keys.length)
                 parts = self._parts(rows)
-                yield Partial(
-                    destination,
-                    [
-                        self._payload(head, at, len(parts), part, keys, [ids for _, ids in hashes])
-                        for at, part in enumerate(parts)
-                    ],
-                )
+                payloads = [
+                    self._payload(head, at, len(parts), part, keys, [ids for _, ids in hashes])
+                    for at, part in enumerate(parts)
+                ]
+                if not len(gids):
+                    nothing = payloads
+                yield Partial(destination, payloads)
 
     @property
     def _distinct(self) -> list[Distinct]:

@@ -216,11 +216,11 @@ def _same(heap: U8, start: int, length: int, prefix: Any, keys: U8, from_: int, 
             same = heap[start + at] == keys[from_ + at - 8]
         at += 1
     return same
+
+
 @compiled
 def _mixed(prefix: Any) -> Any:
     """A window start's part of a row's hash. Starts are multiples of the window's size, whose low bits, which choose the
     slot, may all be 0: they are taken from above."""
     spread = prefix * _SPREAD
     return spread ^ (spread >> np.uint64(32))
-
-

@@ -63,7 +63,8 @@ class OwnerWork(Work):
             header, rows = decode_partial(payload)
             invariant(header.sources == self._sources and header.table == self.plan.name,
                       f"{self.tp} holds a partial of {header.table} from {header.sources} tasks.")  # fmt: skip
-            self._late += (_late_record(late) for late in self.table.apply(header, rows, self._clock.watermark))
+            if len(rows):  # else it only tells the watermark
+                self._late += (_late_record(late) for late in self.table.apply(header, rows, self._clock.watermark))
             if header.part == header.parts - 1:
                 self._clock.update(header.source, header.watermark, header.idle)
         self._records += len(batch)

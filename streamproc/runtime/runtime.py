@@ -97,6 +97,7 @@ class Runtime(Service):
         self._background: dict[asyncio.Task[Any], None] = {}
         self._sensors = SensorFeed(app)
         self._warm: asyncio.Future[None] | None = None
+        self._busy: Task | None = None
 
     # ---- the transport, shared with Faust's producer
 
@@ -271,6 +272,7 @@ class Runtime(Service):
             env = TaskEnvironment(
                 group.plan, self.transport, self._member, self._fetchers[name], self.clock, self.app.open_store,
                 self.app.state_folder, group.make_work, self.app.conf.id, self._sensors, self._at_leisure,
+                self._epoch_s, self._committed,
             )  # fmt: skip
             for partition in range(group.plan.partitions):
                 sources = {TopicPartition(topic, partition) for topic in group.plan.sources}
@@ -401,7 +403,20 @@ class Runtime(Service):
                 logger.warning("repartition topics were not trimmed: %s", outage)
 
     def _at_leisure(self) -> bool:
-        return all(task.at_leisure for task in self.tasks.values())
+        """Asked at every commit: one task that is not is looked at before all the others."""
+        if self._busy is None or self._busy.at_leisure:
+            self._busy = next((task for task in self.tasks.values() if not task.at_leisure), None)
+        return self._busy is None
+
+    def _epoch_s(self) -> float:
+        """See `TaskEnvironment`; 0 while the tasks are few."""
+        return max(0, len(self.tasks) - limits.PACED_TASKS_MIN) * limits.PACE_S_PER_TASK
+
+    def _committed(self) -> None:
+        """The last of an interval's commits makes way for those of the tasks that it has told something."""
+        if self._at_leisure():
+            for task in self.tasks.values():
+                task.look_again()
 
     def commit_now(self) -> None:
         for task in list(self.tasks.values()):

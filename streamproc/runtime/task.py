@@ -84,7 +84,12 @@ class TaskEnvironment:
     consumer_group: str
     watch: CommitWatch
     at_leisure: Callable[[], bool]
-    """Whether no task of the worker has more input than it is at."""
+    """Whether no task of the worker has more input than it is at, or is about to tell others what it has done."""
+    epoch_s: Callable[[], float]
+    """How long an epoch lasts at least while input waits: with many tasks their commits would else be all that a worker
+    does."""
+    committed: Callable[[], None]
+    """To be called when a task has committed that may have told others something."""
 
 
 @dataclass
@@ -114,7 +119,9 @@ class Task:
         self._inbox_bytes = 0
         self._paused: dict[TopicPartition, Offset] = {}
         self._wake = asyncio.Event()
-        self._due = self._closing = False
+        self._due = self._committing = self._closing = False
+        self._began_s: float | None = None
+        """When the open epoch took its first batch."""
         self._early = 0
         """Commits since the last interval's end that did not wait for the next."""
         self._failures = 0
@@ -169,17 +176,32 @@ class Task:
         """Processing time has gone on."""
         if self.phase is Phase.RUNNING and self.work is not None and not self._inbox:
             self.work.tick(monotonic_ms, self.env.fetcher.at_end)
-            if self.work.prompt and self.work.dirty:
-                self._wake.set()  # there may be time for its commit now
+            self.look_again()
+
+    def look_again(self) -> None:
+        """There may be time now for a commit ahead of the interval."""
+        if self.phase is Phase.RUNNING and self.work is not None and self.work.prompt and self.work.dirty:
+            self._wake.set()
 
     @property
     def at_leisure(self) -> bool:
-        """Whether nothing waits for it behind the batch that came last. What a `prompt` work reads ends in the markers of
-        transactions, so that its end is seen late; load shows at the sources before it."""
+        """Whether nothing waits for it behind the batch that came last, and no other task is about to get what it commits.
+        What a `prompt` work reads ends in the markers of transactions, so that its end is seen late; load shows at the
+        sources before it."""
         work = self.work
         if work is None or self.phase not in (Phase.RUNNING, Phase.HELD):
             return True
-        return len(self._inbox) <= 1 and (work.prompt or all(map(self.env.fetcher.at_end, work.resume_at())))
+        return len(self._inbox) <= 1 and (work.prompt or (self._at_end and not self._commits_now))
+
+    @property
+    def _at_end(self) -> bool:
+        assert self.work is not None
+        return all(map(self.env.fetcher.at_end, self.work.resume_at()))
+
+    @property
+    def _commits_now(self) -> bool:
+        assert self.work is not None
+        return self.work.dirty and (self._due or self._committing)
 
     def close(self) -> bool:
         """Commit what is done and end; `run` returns when it is over. False: it has not started yet, so that there is
@@ -290,13 +312,12 @@ class Task:
             held = any(feed.full for feed in self.feeds)
             self._set(Phase.HELD if held else Phase.RUNNING)
             self.view.problem = next((feed.delay for feed in self.feeds if feed.full), work.problem)
-            due = self._due or self._due_early(held)
+            due = self._take_due() or self._due_early(held)
             if work.wants_commit or work.size_bytes > limits.EPOCH_BYTES_MAX or (due and work.dirty):
                 try:
                     await self._commit()
                 except AgentFailed:
                     continue
-            self._due = False
             if not held and self._inbox and work.ready():
                 self._process(self._inbox.popleft())
                 await asyncio.sleep(0)
@@ -304,8 +325,23 @@ class Task:
             await self._wake.wait()
             self._wake.clear()
 
+    def _take_due(self) -> bool:
+        """Whether the interval is over, once; one that ends during a commit counts after it. A task that is behind lets its
+        epoch grow: what it would tell is late by what waits before it anyway."""
+        due, self._due = self._due, False
+        return due and (self._epoch_is_long() or self._is_abreast())
+
+    def _epoch_is_long(self) -> bool:
+        least_s = self.env.epoch_s()
+        return not least_s or self._began_s is None or self.env.clock.monotonic_s() >= self._began_s + least_s
+
+    def _is_abreast(self) -> bool:
+        """Nothing waits for it; a `prompt` work cannot know, and goes by the worker."""
+        assert self.work is not None
+        return self.env.at_leisure() if self.work.prompt else len(self._inbox) <= 1 and self._at_end
+
     def _due_early(self, held: bool) -> bool:
-        """Epochs are short while there is time for it, and as long as the interval under load."""
+        """Epochs are short while there is time for it, and at least as long as the interval under load."""
         work = self.work
         assert work is not None
         if not work.prompt or held or self._inbox or not work.dirty or self._early >= limits.EARLY_COMMITS_MAX:
@@ -318,6 +354,8 @@ class Task:
     def _process(self, batch: RawBatch) -> None:
         assert self.work is not None
         self._inbox_bytes -= batch.buffer.nbytes
+        if self._began_s is None:
+            self._began_s = self.env.clock.monotonic_s()
         self.work.process(batch)
         if batch.tp not in self.work.resume_at():
             self.env.fetcher.pause(batch.tp)  # a bounded input has ended here, whatever is written behind it
@@ -335,10 +373,16 @@ class Task:
             work.release()
             return
         work.expire(min((feed.applied_epoch for feed in self.feeds), default=self.record.epoch))
-        begun = self.env.watch.begins()
-        done = await commit(self._parts, self.record)
+        begun, self._committing = self.env.watch.begins(), True
+        try:
+            done = await commit(self._parts, self.record)
+        finally:
+            self._committing = False
+        self._began_s = None
         self._note(done)
         self.env.watch.committed(str(self.id), done, work.counters.records, begun)
+        if not work.prompt:
+            self.env.committed()
         self._failures, self._failed = 0, None
 
     def _note(self, done: Committed) -> None:

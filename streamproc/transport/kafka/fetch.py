@@ -63,8 +63,9 @@ class KafkaFetcher:
     `BrokerUnavailable` for every `limits.FETCH_OUTAGE_S` in which a resumed partition had no answer, and may then
     simply be called again. `at_end` is false from the first failed fetch to the next answer.
 
-    Bounds: `limits.FETCH_PARTITION_BYTES_MAX` a partition and request, and nothing more is asked for beyond
-    `limits.FETCH_BUFFER_BYTES_MAX` buffered (counted decompressed, so one round of answers may pass it).
+    Bounds: `limits.FETCH_PARTITION_BYTES_MAX` a partition and request, `limits.FETCH_ANSWER_BYTES_MAX` a request, and
+    nothing more is asked for beyond `limits.FETCH_BUFFER_BYTES_MAX` buffered (counted
+    decompressed, so one round of answers may pass it).
     """
 
     def __init__(self, wire: Wire, lane: Hashable, *, bytes_max: int = limits.FETCH_BUFFER_BYTES_MAX) -> None:
@@ -187,7 +188,7 @@ class KafkaFetcher:
 
     async def _fetch(self, node: int, readings: list[_Reading]) -> None:
         room = self._bytes_max - self._buffered - self._asked_bytes
-        asked_bytes = min(room, len(readings) * limits.FETCH_PARTITION_BYTES_MAX)
+        asked_bytes = min(room, limits.FETCH_ANSWER_BYTES_MAX, len(readings) * limits.FETCH_PARTITION_BYTES_MAX)
         self._asked_bytes += asked_bytes
         try:
             topics = by_topic((r.tp, (r.tp.partition, r.position, limits.FETCH_PARTITION_BYTES_MAX)) for r in readings)
