@@ -108,11 +108,16 @@ def _text(data: bytes | None) -> bytes:
 
 def judge_set(given: RecordSet) -> tuple[bool, str | None]:
     """Whether the set was refused, and what is wrong with that or with what was read."""
+    again = _read_in_guarded_memory(given)
     try:
         batch = parse(_TP, given.data, position=Offset(given.position))
     except CorruptBatch as error:
+        if again is not None:
+            return True, "was refused, and is read in other memory"
         return True, None if given.damaged or _refused_plainly(given) else f"was refused ({error.what})"
-    wrong = _outside(batch) or _read_again_in_guarded_memory(given, batch)
+    wrong = _outside(batch)
+    if wrong is None and again != batch.offsets.tolist():
+        wrong = "is read differently in other memory"
     if wrong is None and not given.damaged:
         wrong = _difference(batch, given)
     return False, wrong
@@ -153,15 +158,15 @@ def _outside(batch: RawBatch) -> str | None:
     return None if (np.diff(batch.offsets) > 0).all() else "has offsets that do not grow"
 
 
-def _read_again_in_guarded_memory(given: RecordSet, batch: RawBatch) -> str | None:
-    """The second half of `parse` once more, the unpacked bytes up against a page that cannot be read."""
-    walk = recordbatch._Walk(_TP, given.data, given.position, ())
+def _read_in_guarded_memory(given: RecordSet) -> list[int] | None:
+    """The offsets that the second half of `parse` finds with the unpacked bytes up against a page that cannot be read,
+    None if it refuses them."""
+    try:
+        walk = recordbatch._Walk(_TP, given.data, given.position, ())
+    except CorruptBatch:
+        return None
     sections = np.array(walk.sections, np.int64).reshape(-1, recordbatch._SECTION_FIELDS)
-    unpacked = walk.unpacked.taken()
+    buffer = guarded(walk.unpacked.taken(), at_end=True)
     columns = np.empty((recordbatch._COLUMNS, int(sections[:, 2].sum())), np.int64)
-    for at_end in (True, False):
-        buffer = guarded(unpacked, at_end=at_end)
-        written, bad = recordbatch._read(buffer, sections, given.position, columns)
-        if bad >= 0 or written != len(batch) or not np.array_equal(columns[0, :written], batch.offsets):
-            return "is read differently from other memory"
-    return None
+    written, bad = recordbatch._read(buffer, sections, given.position, columns)
+    return columns[0, :written].tolist() if bad < 0 else None
