@@ -37,6 +37,10 @@ class CellColumn(ABC):
         """Rows 0 to ``rows`` - 1 are to exist."""
 
     @abstractmethod
+    def select(self, ids: I64) -> None:
+        """Row i is what row ``ids[i]`` was; there are no others."""
+
+    @abstractmethod
     def merge(self, ids: I64, rows: PartialRows, at: int) -> None:
         """Row i of a partial, whose columns for this aggregate begin ``at``, goes to row ``ids[i]``."""
 
@@ -154,7 +158,8 @@ class Extremes(CellColumn):
 class Listed(CellColumn):
     """Values of a cell as they are."""
 
-    row_bytes = 128
+    row_bytes = 320
+    """An exact sum of floats near 1, as an integer of some 1,100 bits in a tuple; texts come on top."""
 
     def __init__(self, cell: _PlainMerging) -> None:
         self._cell = cell
@@ -162,6 +167,9 @@ class Listed(CellColumn):
 
     def room(self, rows: int) -> None:
         self._values += [self._cell.empty] * (rows - len(self._values))
+
+    def select(self, ids: I64) -> None:
+        self._values = [self._values[row] for row in ids.tolist()]
 
     def merge(self, ids: I64, rows: PartialRows, at: int) -> None:
         values, merge = self._values, self._cell.merge

@@ -2,13 +2,14 @@
 
     number ──▶ ids of keys, new ones among them ──▶ the table loads those from the state, merges into ``columns``
     changed ─▶ the epoch's rows, keys in order, encoded ──▶ the state
-    keep ────▶ committed rows stay, within a bound of bytes
+    keep ────▶ committed rows stay while their windows can change, within a bound of bytes
 
 A key's bytes are compared, never its hash alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,12 @@ from streamproc.core.hash128 import U64, compiled, hash_bytes
 from streamproc.eventtime.windows import WindowState
 from streamproc.operators.bytecolumns import byte_order, cut, gather
 from streamproc.operators.cellcolumns import CellColumn
-from streamproc.operators.tablerows import VERSION, Row, RowLayout
 from streamproc.operators.growth import grown
+from streamproc.operators.tablerows import VERSION, Row, RowLayout
 
 __all__ = ["RowCache"]
 
-_SLOTS_MIN = 128
+_ROWS_MIN = 64
 _PREFIX_BYTES = 8
 _ROW_BYTES = 64
 """Of a row beside its key and its values: places in arrays, at most half full."""
@@ -49,15 +50,17 @@ class RowCache:
 
     def clear(self) -> None:
         """Forget all rows."""
+        self._swept = _ROWS_MIN
+        """How many rows the last sweep left, or fewer than are worth one."""
         self.columns: list[CellColumn] = [cell.column() for cell in self._layout.cells]
         self.changed_bytes = 0
-        """Keys and values of the rows that the open epoch has changed."""
+        """What the rows that the open epoch has changed take in memory, but for their texts."""
         self._rows = 0
-        self._slots = np.zeros(_SLOTS_MIN, np.int64)
-        self._hashes = np.zeros(_SLOTS_MIN // 2, np.uint64)
-        self._heap, self._heap_used = np.zeros(_SLOTS_MIN, np.uint8), 0
-        self._start, self._length = np.zeros(_SLOTS_MIN // 2, np.int64), np.zeros(_SLOTS_MIN // 2, np.int64)
-        self._changed = np.zeros(_SLOTS_MIN // 2, np.bool_)
+        self._slots = np.zeros(2 * _ROWS_MIN, np.int64)
+        self._hashes = np.zeros(_ROWS_MIN, np.uint64)
+        self._heap, self._heap_used = np.zeros(_ROWS_MIN, np.uint8), 0
+        self._start, self._length = np.zeros(_ROWS_MIN, np.int64), np.zeros(_ROWS_MIN, np.int64)
+        self._changed = np.zeros(_ROWS_MIN, np.bool_)
 
     def __len__(self) -> int:
         return self._rows
@@ -75,7 +78,7 @@ class RowCache:
             self._slots, self._hashes, self._heap, self._start, self._length, self._rows, self._heap_used, starts,
             keys.buffer, keys.start, keys.length, self._changed, ids,
         )  # fmt: skip
-        self.changed_bytes += key_bytes + (self._row_bytes - _ROW_BYTES) * rows
+        self.changed_bytes += key_bytes + self._row_bytes * rows
         for column in self.columns:
             column.room(self._rows)
         return ids
@@ -122,15 +125,32 @@ class RowCache:
         values: list[bytes] = packed.view(f"V{self._packed.itemsize}").tolist()
         return values
 
-    def keep(self, bytes_max: int) -> bool:
-        """The epoch's rows are what the state has now. All are let go when they are too many, and then False is returned;
-        so are rows with texts, whose size nobody knows."""
+    def keep(self, bytes_max: int, windows: Collection[int]) -> bool:
+        """The epoch's rows are what the state has now. Those of other ``windows`` are let go when the rows have become
+        twice as many as the last time, or too many. All are, and False is returned, if they are still too many; so are
+        rows with texts, whose size nobody knows."""
         self._changed[: self._rows] = False
         self.changed_bytes = 0
+        if self._rows > 2 * self._swept or self.size_bytes > bytes_max:
+            self._sweep(windows)
         kept = self.size_bytes <= bytes_max and not self._layout.texts
         if not kept:
             self.clear()
         return kept
+
+    def _sweep(self, windows: Collection[int]) -> None:
+        """Let go of the rows of other windows; no row is changed."""
+        ids = np.arange(self._rows)
+        ids = ids[np.isin(self.window_starts(ids), np.fromiter(windows, np.int64, len(windows)))]
+        if len(ids) < self._rows:
+            starts, keys, columns = self.window_starts(ids), self._keys(ids), self.columns
+            for column in columns:
+                column.select(ids)
+            self.clear()
+            self.number(starts, Spans(keys.buffer, keys.start + _PREFIX_BYTES, keys.length - _PREFIX_BYTES))
+            self.columns, self.changed_bytes = columns, 0
+            self._changed[: self._rows] = False
+        self._swept = max(self._rows, _ROWS_MIN)
 
     def _values(self, row: int) -> list[Any]:
         return [column.get(row) for column in self.columns]
@@ -142,9 +162,8 @@ class RowCache:
         self._heap = grown(self._heap, heap)
         if rows > len(self._hashes):
             size = 1 << (rows - 1).bit_length()
-            self._hashes, self._start, self._length, self._changed = (
-                grown(one, size) for one in (self._hashes, self._start, self._length, self._changed)
-            )
+            self._hashes, self._changed = grown(self._hashes, size), grown(self._changed, size)
+            self._start, self._length = grown(self._start, size), grown(self._length, size)
             self._slots = np.zeros(2 * size, np.int64)
             _place(self._slots, self._hashes, self._rows)
 
@@ -205,6 +224,14 @@ def _number(
 
 
 @compiled
+def _mixed(prefix: Any) -> Any:
+    """A window start's part of a row's hash. Starts are multiples of the window's size, whose low bits, which choose the
+    slot, may all be 0: they are taken from above."""
+    spread = prefix * _SPREAD
+    return spread ^ (spread >> np.uint64(32))
+
+
+@compiled
 def _same(heap: U8, start: int, length: int, prefix: Any, keys: U8, from_: int, n: int) -> bool:
     """Whether the key at ``start`` is ``prefix``, big-endian, and the ``n`` bytes at ``from_`` of ``keys``."""
     same = length == 8 + n
@@ -216,11 +243,3 @@ def _same(heap: U8, start: int, length: int, prefix: Any, keys: U8, from_: int, 
             same = heap[start + at] == keys[from_ + at - 8]
         at += 1
     return same
-
-
-@compiled
-def _mixed(prefix: Any) -> Any:
-    """A window start's part of a row's hash. Starts are multiples of the window's size, whose low bits, which choose the
-    slot, may all be 0: they are taken from above."""
-    spread = prefix * _SPREAD
-    return spread ^ (spread >> np.uint64(32))

@@ -89,6 +89,8 @@ class WindowTable:
         self._cache = RowCache(self._layout)
         self._whole: set[int] = set()
         """Windows of which no row is in the state but those in the cache: what is not found there is new."""
+        self._text_bytes = 0
+        """At most so many are the texts among the epoch's rows."""
         self._live: dict[int, WindowState] = {}
         self._final: list[int] = []
         self._moved: set[int] = set()
@@ -97,7 +99,7 @@ class WindowTable:
     @property
     def size_bytes(self) -> int:
         """What the epoch has changed and `collect` has not yet written; counts towards the epoch's byte limit."""
-        return self._cache.changed_bytes + self._sets.pending_bytes
+        return self._cache.changed_bytes + self._text_bytes + self._sets.pending_bytes
 
     @property
     def windows(self) -> dict[int, WindowState]:
@@ -143,8 +145,9 @@ class WindowTable:
             states = [self._live.get(start, WindowState.FINAL) for start in starts.tolist()]
             values = self._cache.encode(ids, np.array(states, np.uint8)[inverse], epoch)
             self._state.put_new(self._cache.keys(ids), values)
-        if not self._cache.keep(TABLE_ROWS_CACHE_BYTES_MAX):
+        if not self._cache.keep(TABLE_ROWS_CACHE_BYTES_MAX, self._live):
             self._whole.clear()
+        self._text_bytes = 0
         self._moved.clear()
         self._sets.flush(epoch)
 
@@ -169,6 +172,7 @@ class WindowTable:
         """Learn from the state which windows there are. Large ones are skipped, not read."""
         self._cache.clear()
         self._whole.clear()
+        self._text_bytes = 0
         self._live, self._final, self._moved = {}, [], set()
         at: bytes | None = b""
         while at is not None:
@@ -199,6 +203,8 @@ class WindowTable:
         """Rows of windows that are not final."""
         known = len(self._cache)
         ids = self._cache.number(starts, rows.spans(1))
+        if self._layout.texts:
+            self._text_bytes += sum(len(body) for _, body in rows.columns[2:])
         self._load(known)
         at = 2
         for number, cell in enumerate(self._layout.cells):
@@ -220,6 +226,7 @@ class WindowTable:
             value = self._state.get(key)
             if value is not None:
                 self._cache.load(row, value)
+                self._text_bytes += len(value) if self._layout.texts else 0
 
     def _merge_distinct(self, ids: I64, rows: PartialRows, number: int, at: int) -> None:
         """The row counts how many of the hashes are new to it."""
@@ -251,6 +258,7 @@ class WindowTable:
         self._live[start] = state
         if state == WindowState.FINAL:
             del self._live[start]
+            self._whole.discard(start)
             insort(self._final, start)
             self._moved.add(start)
             self._sets.forget(prefix)
