@@ -33,6 +33,8 @@ CHECKED: Final = {
 ONE_THREAD: Final = {"POLARS_MAX_THREADS": "1"}
 TOLD_EVERY: Final = 250
 WRONG_SHOWN: Final = 20
+CRASHES_MAX: Final = 5
+"""Each is looked into for seconds; after so many the rest of the seeds is not run."""
 
 
 @dataclass
@@ -92,6 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{done} of {len(seeds)} seeds: {tally.last_line()}", file=sys.stderr, flush=True)
             bad = tally.wrong + tally.crashed
             progress.update(bar, advance=1, bad=f"{bad} wrong or crashed" if bad else "")
+            if tally.crashed == CRASHES_MAX:
+                console.print(f"{CRASHES_MAX} crashes are enough: {len(seeds) - done} seeds were not run")
+                break
     print(tally.last_line())
     return 1 if tally.wrong or tally.crashed else 0
 

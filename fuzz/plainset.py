@@ -36,7 +36,7 @@ class PlainRow(NamedTuple):
 def read_plainly(data: bytes, position: int) -> tuple[list[PlainRow], int]:
     """Records at or after ``position``, and the position behind the last whole batch; raises `Refused`."""
     rows: list[PlainRow] = []
-    wanted, at = position, 0
+    wanted, at, before = position, 0, 0
     while len(data) - at > 16:  # up to the magic byte; less is the rest of a batch that was cut off
         length = struct.unpack_from(">i", data, at + 8)[0]
         if data[at + 16] != 2 or length < HEAD.size - _AFTER_LENGTH:
@@ -44,8 +44,10 @@ def read_plainly(data: bytes, position: int) -> tuple[list[PlainRow], int]:
         end = at + _AFTER_LENGTH + length
         if end > len(data):
             break
-        position = max(position, _batch(data[at:end], wanted, rows))
-        at = end
+        if struct.unpack_from(">q", data, at)[0] < before:
+            raise Refused  # batches do not overlap
+        before = _batch(data[at:end], wanted, rows)
+        position, at = max(position, before), end
     return rows, position
 
 

@@ -25,6 +25,7 @@ from streamproc.core.types import Offset, TopicPartition
 __all__ = ["RecordSet", "draw_set", "judge_set"]
 
 RECORDS_MAX: Final = 12
+RECORD_MUTATED: Final = 0.04
 _TP: Final = TopicPartition("fuzz", 0)
 _PACKERS: Final = {
     1: lambda data: gzip.compress(data, 1, mtime=0),
@@ -95,6 +96,8 @@ def _record(rng: random.Random, delta: int) -> bytes:
     headers = [(rng.choice((b"", b"h", "ä".encode())), _octets(rng)) for _ in range(rng.choice((0, 0, 0, 1, 3)))]
     body = b"\0" + varint(rng.choice((0, 1, -5, 1 << 40))) + varint(delta) + _text(_octets(rng)) + _text(_octets(rng))
     body += varint(len(headers)) + b"".join(_text(name) + _text(value) for name, value in headers)
+    if rng.random() < RECORD_MUTATED:
+        body = mutated(rng, body, body)  # and with its right length: what lies inside must fill it
     return varint(len(body)) + body
 
 

@@ -273,6 +273,15 @@ def test_a_cut_last_batch_is_left_for_the_next_fetch() -> None:
     assert parsed(b"", 5).next_position == 5
 
 
+@pytest.mark.parametrize("base", [0, 29, 30, 31, 59])
+def test_a_batch_that_begins_before_the_one_in_front_of_it_ends_is_refused(base: int) -> None:
+    """Fuzz seeds 241 and 1349 of their time: a base offset is outside of the checksum, and an end may be a lie."""
+    first = build([OutRecord(b"a", b"1"), OutRecord(b"b", b"2")], base_offset=30, now_ms=0)
+    far = sealed(first[:23] + struct.pack(">i", 29) + first[27:])  # it says to end at 59
+    with pytest.raises(CorruptBatch, match=f"at offset {base} of .*the batch before it ends at offset"):
+        parsed(far + build([OutRecord(b"c", b"3")], base_offset=base, now_ms=0), 30)
+
+
 def test_offset_gaps_of_compaction_are_passed_over() -> None:
     whole = parsed(build([OutRecord(b"k%d" % i, b"v", (), 0) for i in range(10)], now_ms=0))
     empty = bytearray(control_marker(True, 1, 0, base_offset=20, now_ms=0)[:61])

@@ -501,6 +501,7 @@ class _Walk:
         self.unpacked = _Unpacked(_LIKELY_RATIO * len(data))
         self._pending = sorted(aborted, key=lambda entry: entry[1], reverse=True)
         self._gone: set[int] = set()
+        self._batch_before_ends = 0
         view, at = np.frombuffer(data or b"\0", np.uint8), 0
         while self.unpacked.size < DECOMPRESSED_BATCH_BYTES_MAX and (end := self._batch_end(data, at)) is not None:
             self._visit(read_header(data, at), view[at:end], position)
@@ -521,6 +522,12 @@ class _Walk:
     def _visit(self, head: BatchHeader, batch: U8, wanted: int) -> None:
         if head.base_offset < 0 or head.last_delta < 0 or head.last_offset >= 1 << 63:
             raise CorruptBatch(self.tp, head.base_offset, f"it says to end {head.last_delta} offsets later")
+        # The base offset is outside of the checksum: a wrong one would move records, and the position, in silence.
+        if head.base_offset < self._batch_before_ends:
+            raise CorruptBatch(
+                self.tp, head.base_offset, f"the batch before it ends at offset {self._batch_before_ends - 1}"
+            )
+        self._batch_before_ends = head.last_offset + 1
         while self._pending and self._pending[-1][1] <= head.last_offset:
             self._gone.add(self._pending.pop()[0])
         if head.last_offset >= wanted:
