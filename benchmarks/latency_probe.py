@@ -27,8 +27,8 @@ _Encode: TypeAlias = Callable[[Any], bytes]
 
 TICK_S: Final = 0.01
 """Between two sends: as many orders as the rate wants."""
-SETTLE_S: Final = 3.0
-"""After the first result, before what counts: connections are made and code is warm."""
+SETTLE_S: Final = 15.0
+"""After the first result, before what counts: connections are made and code is warm, also the broker's."""
 WAIT_S_MAX: Final = 60.0
 """For the topic to appear, for the first result, for the last."""
 _ID: Final = re.compile(rb"order-\d{12}")

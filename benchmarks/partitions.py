@@ -129,7 +129,10 @@ class _Case:
             watch.until("the end", lambda told: all(one.finished for one in told))
             cpu_s, told_last = watch.cpu_s() - cpu_s, watch.told()
         if any(one.restarts for one in told_last):
-            raise UserError(f"A task of {self.name} started anew.", remedy="Run it again with nothing beside it.")
+            why = [line for folder in running for line in folder.with_suffix(".log").read_text().splitlines()
+                   if "starts anew" in line]  # fmt: skip
+            raise UserError(f"A task of {self.name} started anew.",
+                            remedy="Run it again with nothing beside it.\n" + "\n".join(why))  # fmt: skip
         return cpu_s, sum(one.epochs for one in told_last)
 
     async def _wrong(self, told: Settings, input_: Orders) -> list[str]:

@@ -11,6 +11,12 @@ FETCH_PARTITION_BYTES_MAX: Final = 2 << 20
 FETCH_ANSWER_BYTES_MAX: Final = 8 << 20
 """Asked of a broker per fetch: the memory of one answer is used again by the next, that of a larger one is the system's to
 clear each time (a tenth of all CPU with 64 partitions)."""
+FETCH_SMALL_BYTES: Final = 64 << 10
+FETCH_PAUSE_S: Final = 0.02
+"""From one fetch to the next while many answers stay below `FETCH_SMALL_BYTES`: a batch costs a millisecond however few
+records it has, and brokers answer as soon as they have one."""
+FETCH_BURST: Final = 8
+"""So many small answers in a row come without a pause: the commits of a table's readers come one by one, but soon."""
 FETCH_WAIT_MS_MAX: Final = 200
 """How long a broker may hold a fetch open when it has nothing."""
 FETCH_BUFFER_BYTES_MAX: Final = 64 << 20
@@ -50,8 +56,8 @@ EARLY_COMMITS_MAX: Final = 4
 """Commits of one table's owner within one interval that do not wait for its end: its upstream tasks commit one by one."""
 PACED_TASKS_MIN: Final = 16
 """So many tasks of a worker commit at the interval whatever waits for them."""
-PACE_S_PER_TASK: Final = 1 / 32
-"""By so much each task beyond `PACED_TASKS_MIN` lengthens the epochs of tasks that are behind: some 30 commits a second, of
+PACE_S_PER_TASK: Final = 1 / 16
+"""By so much each task beyond `PACED_TASKS_MIN` lengthens the epochs of tasks that are behind: some 15 commits a second, of
 3 ms of CPU each and, of a table's readers, 0.05 ms for every partition that is told the watermark."""
 TASK_RESTART_S_MAX: Final = 5.0
 """Longest pause between two starts of a failing task."""

@@ -78,12 +78,18 @@ class GroupIndex:
         gids, firsts = np.empty(rows, np.int64), np.empty(rows, np.int64)
         groups = find_groups(self._slots, self._held, hashes, known, gids, firsts)
         held = self._groups.vstack(keyed[firsts[: groups - known]]).rechunk() if groups > known else self._groups
-        owners = held[gids - 1]
-        if not all(owners.get_column(name).eq_missing(keyed.get_column(name)).all() for name in self._schema):
+        if groups - known < rows and not self._alike(held, gids, keyed):
             self._exact = {row: at + 1 for at, row in enumerate(self._groups.rows())}
             return None
         self._groups = held
         return gids
+
+    def _alike(self, held: pl.DataFrame, gids: I64, keyed: pl.DataFrame) -> bool:
+        """Whether each row of ``keyed`` is the key that its group in ``held`` was made for."""
+        owners = pl.Series((gids - 1).astype(np.uint32))
+        return all(
+            held.get_column(name).gather(owners).eq_missing(keyed.get_column(name)).all() for name in self._schema
+        )
 
     def _by_value(self, keyed: pl.DataFrame) -> I64:
         exact = self._exact or {}

@@ -13,7 +13,7 @@ from streamproc.commit import record as commit_record
 from streamproc.commit.record import CommitRecord
 from streamproc.commit.start import least_positions, next_record
 from streamproc.core.clock import Clock
-from streamproc.core.types import TaskId, TopicPartition
+from streamproc.core.types import Offset, TaskId, TopicPartition
 from streamproc.runtime.work import EpochOverlay, StateTable, Work
 from streamproc.state import changelog
 from streamproc.state.contract import Store, StoreMeta, Writes
@@ -52,6 +52,8 @@ class Committed:
     """Changelog topic -> position behind this epoch's records."""
     sent: Mapping[str, int] = field(default_factory=dict)
     """Topic -> records written to it."""
+    written: Mapping[TopicPartition, Offset] = field(default_factory=dict)
+    """The last offset of what was written to each partition."""
 
 
 async def commit(parts: EpochParts, last: CommitRecord, *, starting: bool = False) -> Committed:
@@ -96,7 +98,7 @@ async def commit(parts: EpochParts, last: CommitRecord, *, starting: bool = Fals
         overlay.drop()
     work.committed(record)
     work.release()
-    return Committed(record, changes, applied, _counts(records))
+    return Committed(record, changes, applied, _counts(records), offsets)
 
 
 def _records(

@@ -98,6 +98,8 @@ class Runtime(Service):
         self._sensors = SensorFeed(app)
         self._warm: asyncio.Future[None] | None = None
         self._busy: Task | None = None
+        self._leisure_wanted = False
+        self._told: dict[TopicPartition, Offset] = {}
 
     # ---- the transport, shared with Faust's producer
 
@@ -268,11 +270,12 @@ class Runtime(Service):
 
     def _start_tasks(self, assigned: Collection[TopicPartition]) -> None:
         held = set(assigned)
+        self._told.clear()
         for name, group in self.groups.items():
             env = TaskEnvironment(
                 group.plan, self.transport, self._member, self._fetchers[name], self.clock, self.app.open_store,
                 self.app.state_folder, group.make_work, self.app.conf.id, self._sensors, self._at_leisure,
-                self._epoch_s, self._committed,
+                self._epoch_s, self._told, self._caught_up,
             )  # fmt: skip
             for partition in range(group.plan.partitions):
                 sources = {TopicPartition(topic, partition) for topic in group.plan.sources}
@@ -406,17 +409,23 @@ class Runtime(Service):
         """Asked at every commit: one task that is not is looked at before all the others."""
         if self._busy is None or self._busy.at_leisure:
             self._busy = next((task for task in self.tasks.values() if not task.at_leisure), None)
-        return self._busy is None
+        if self._busy is not None:
+            self._leisure_wanted = True
+            return False
+        if self._leisure_wanted:
+            self._leisure_wanted = False
+            for task in self.tasks.values():
+                task.look_again()
+        return True
 
     def _epoch_s(self) -> float:
         """See `TaskEnvironment`; 0 while the tasks are few."""
         return max(0, len(self.tasks) - limits.PACED_TASKS_MIN) * limits.PACE_S_PER_TASK
 
-    def _committed(self) -> None:
-        """The last of an interval's commits makes way for those of the tasks that it has told something."""
-        if self._at_leisure():
-            for task in self.tasks.values():
-                task.look_again()
+    def _caught_up(self) -> None:
+        """Those that asked for leisure in vain may have it now: no need to wait for the next tick."""
+        if self._leisure_wanted:
+            self._at_leisure()
 
     def commit_now(self) -> None:
         for task in list(self.tasks.values()):

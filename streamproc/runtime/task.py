@@ -88,8 +88,10 @@ class TaskEnvironment:
     epoch_s: Callable[[], float]
     """How long an epoch lasts at least while input waits: with many tasks their commits would else be all that a worker
     does."""
-    committed: Callable[[], None]
-    """To be called when a task has committed that may have told others something."""
+    told: dict[TopicPartition, Offset]
+    """The last offset that tasks of this worker have committed to what owners read; not of other workers' tasks."""
+    caught_up: Callable[[], None]
+    """To be called when a task has nothing to do for now, or has committed what others may wait for."""
 
 
 @dataclass
@@ -322,6 +324,8 @@ class Task:
                 self._process(self._inbox.popleft())
                 await asyncio.sleep(0)
                 continue
+            if not work.prompt:
+                self.env.caught_up()
             await self._wake.wait()
             self._wake.clear()
 
@@ -346,10 +350,16 @@ class Task:
         assert work is not None
         if not work.prompt or held or self._inbox or not work.dirty or self._early >= limits.EARLY_COMMITS_MAX:
             return False
-        if not self.env.at_leisure():
+        if not self.env.at_leisure() or self._more_is_told:
             return False
         self._early += 1
         return True
+
+    @property
+    def _more_is_told(self) -> bool:
+        """What is committed already is on its way, and goes into the same epoch."""
+        assert self.work is not None
+        return any(position <= self.env.told.get(tp, -1) for tp, position in self.work.resume_at().items())
 
     def _process(self, batch: RawBatch) -> None:
         assert self.work is not None
@@ -382,7 +392,8 @@ class Task:
         self._note(done)
         self.env.watch.committed(str(self.id), done, work.counters.records, begun)
         if not work.prompt:
-            self.env.committed()
+            self.env.told.update(done.written)
+            self.env.caught_up()
         self._failures, self._failed = 0, None
 
     def _note(self, done: Committed) -> None:

@@ -56,6 +56,20 @@ class _Reading:
         """For `get` to raise, unless the partition is paused or resumed before."""
 
 
+class _Pace:
+    """A trickle comes in fewer and larger pieces, but a few small answers behind a quiet time are never waited for: a token
+    bucket that gains one every `limits.FETCH_PAUSE_S`."""
+
+    def __init__(self) -> None:
+        self._tokens, self._at_s = float(limits.FETCH_BURST), 0.0
+
+    def pause_s(self, now_s: float) -> float:
+        """Takes a token; how long it is until there is one."""
+        gained = (now_s - self._at_s) / limits.FETCH_PAUSE_S
+        self._tokens, self._at_s = min(self._tokens + gained, limits.FETCH_BURST) - 1, now_s
+        return max(0.0, -self._tokens * limits.FETCH_PAUSE_S)
+
+
 class KafkaFetcher:
     """`Fetcher` over Kafka.
 
@@ -75,6 +89,7 @@ class KafkaFetcher:
         self._ready: deque[_Reading] = deque()
         self._buffered = self._asked_bytes = 0
         self._busy: set[int] = set()
+        self._paces: dict[int, _Pace] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed, self._arrived = asyncio.Event(), asyncio.Event()
         self._failed: deque[_Reading] = deque()
@@ -195,7 +210,9 @@ class KafkaFetcher:
             request = FetchRequest(self._wait(readings), 1, asked_bytes, _READ_COMMITTED, topics)
             asked_from = {reading: reading.position for reading in readings}
             answer = await self._wire.send(node, request, self._lane)
-            await self._read(answer, {reading.tp: reading for reading in readings}, asked_from)
+            read_bytes = await self._read(answer, {reading.tp: reading for reading in readings}, asked_from)
+            if read_bytes < limits.FETCH_SMALL_BYTES:
+                await self._clock.sleep(self._paces.setdefault(node, _Pace()).pause_s(self._clock.monotonic_s()))
         except NoAnswer as error:
             self._back_off(readings, str(error))
         finally:
@@ -211,8 +228,9 @@ class KafkaFetcher:
 
     async def _read(
         self, answer: Any, asked: dict[TopicPartition, _Reading], asked_from: dict[_Reading, Offset]
-    ) -> None:
-        silent = set(asked)
+    ) -> int:
+        """Returns the bytes of record sets that came."""
+        silent, read_bytes = set(asked), 0
         nothing = not any(
             code or rest[-1] for _, partitions in answer.topics or () for _, code, _, _, *rest in partitions
         )
@@ -222,6 +240,7 @@ class KafkaFetcher:
                 silent.discard(tp)
                 reading = asked[tp]
                 records = rest[-1] or b""
+                read_bytes += len(records)
                 if not self._current(reading) or reading.position != asked_from[reading]:
                     continue
                 if code:
@@ -233,6 +252,7 @@ class KafkaFetcher:
         if silent:
             # A throttled answer leaves partitions out; asking at once again would only make it worse.
             self._back_off([asked[tp] for tp in silent], "left out of the broker's answer")
+        return read_bytes
 
     def _answered(self, reading: _Reading, end: int, stable: int) -> None:
         if reading.failures:
