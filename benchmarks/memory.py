@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -21,7 +20,7 @@ from benchmarks.orders import SPAN_MS, orders
 from benchmarks.parts import Log, Say, started_log, temporary_folder
 from benchmarks.reports import Line, facts, parser
 from benchmarks.reports import main as report
-from benchmarks.soak import END_SHARE, RSS_GROWTH_PCT_MAX, WARM_UP_SHARE
+from benchmarks.soak import RSS_GROWTH_PCT_MAX, held_mb
 from benchmarks.worker import measure
 from streamproc.core.clock import Clock, SystemClock
 
@@ -64,9 +63,7 @@ def run(given: argparse.Namespace, say: Say) -> Line:
 
 def growth(looks: Sequence[tuple[float, float]], seconds: float) -> tuple[float, float, float]:
     """``looks``: seconds and MB. What was held after the warm-up, in the end (medians), and by how many % it grew."""
-    first = [mb for at_s, mb in looks if seconds * WARM_UP_SHARE <= at_s < seconds * (WARM_UP_SHARE + END_SHARE)]
-    last = [mb for at_s, mb in looks if seconds * (1 - END_SHARE) <= at_s <= seconds]
-    begin, end = statistics.median(first), statistics.median(last)
+    begin, end = held_mb(looks, seconds)
     return begin, end, 100 * (end / begin - 1)
 
 

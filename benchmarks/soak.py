@@ -108,16 +108,26 @@ class Verdict:
         )
 
 
+def held_mb(looks: Sequence[tuple[float, float]], seconds: float) -> tuple[float, float]:
+    """``looks``: seconds and MB. What was held after the warm-up and in the end (medians). Raises `UserError` when one of
+    them was never looked at."""
+    first = [mb for at_s, mb in looks if seconds * WARM_UP_SHARE <= at_s < seconds * (WARM_UP_SHARE + END_SHARE)]
+    last = [mb for at_s, mb in looks if seconds * (1 - END_SHARE) <= at_s <= seconds]
+    if not first or not last:
+        raise UserError(
+            f"{seconds:g} s are too short to say whether memory grows.", remedy="Give it --seconds 60 or more."
+        )
+    return statistics.median(first), statistics.median(last)
+
+
 def judge(looks: Sequence[Look], seconds: float, differences: Mapping[str, tuple[int, int]]) -> Verdict:
     """``differences``: rows missing and wrong by sink. Looks at the load only, not at the draining behind it."""
-    loaded = [look for look in looks if look.at_s <= seconds]
-    warm = [look for look in loaded if look.at_s >= seconds * WARM_UP_SHARE]
-    first = [look.rss_mb for look in warm if look.at_s < seconds * (WARM_UP_SHARE + END_SHARE)]
-    last = [look.rss_mb for look in warm if look.at_s >= seconds * (1 - END_SHARE)]
+    first_mb, last_mb = held_mb([(look.at_s, look.rss_mb) for look in looks], seconds)
+    warm = [look for look in looks if seconds * WARM_UP_SHARE <= look.at_s <= seconds]
     return Verdict(
         seconds,
-        statistics.median(first),
-        statistics.median(last),
+        first_mb,
+        last_mb,
         sum(lost for lost, _ in differences.values()),
         sum(wrong for _, wrong in differences.values()),
         100 * sum("held" in look.phases for look in warm) / len(warm),

@@ -5,6 +5,7 @@ the sinks is computed once."""
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from streamproc.app import App
 from streamproc.commit.record import CommitRecord
 from streamproc.core import limits
 from streamproc.core.clock import SystemClock
-from streamproc.core.types import TopicPartition
+from streamproc.core.types import Offset, TopicPartition
 from streamproc.runtime import task as task_module
 from streamproc.runtime.epoch import Committed, EpochParts, commit
 from streamproc.runtime.ownerwork import OwnerWork
 from streamproc.runtime.runtime import Runtime
 from streamproc.runtime.task import Phase, Task
 from streamproc.testing.fake_sink import FakeSink
+from streamproc.transport.kafka.fetch import Pace
 from streamproc.transport.kafka.txn import lane_of
 from tests.apps import new_app, rows_of, running, until
 from tests.workers import T0, event, record
@@ -228,6 +230,60 @@ def test_an_owner_waits_for_the_last_of_an_interval_s_commits(tmp_path: Path, mo
             monkeypatch.undo()
 
     asyncio.run(scenario())
+
+
+def test_an_owner_that_asked_for_leisure_in_vain_commits_as_soon_as_there_is_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "TICK_S", 3600.0)
+
+    async def scenario() -> None:
+        counting(app := new_app(tmp_path, commit_interval="1h"))
+        async with running(app):
+            reader, owner = await started(app)
+            busy = [reader]
+            monkeypatch.setattr(Task, "at_leisure", property(lambda task: task not in busy))
+            await read_and_commit(app, reader, tmp_path, "DE")
+            await until(lambda: owner.work is not None and owner.work.dirty, "the partial")
+            await some_time()
+            assert rows_of(app, "counts") == []
+            busy.clear()
+            await send(app, tmp_path)  # something to do, and to be done with
+            await until(lambda: [row["n"] for row in rows_of(app, "counts")] == [1], "the result")
+
+    asyncio.run(scenario())
+
+
+def test_an_owner_waits_for_what_is_committed_to_it_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        counting(app := new_app(tmp_path, commit_interval="1h"))
+        async with running(app):
+            reader, owner = await started(app)
+            tp = TopicPartition(next(iter(owner.env.group.sources)), 0)
+
+            async def more(parts: EpochParts, last: CommitRecord) -> Committed:
+                done = await commit(parts, last)
+                return replace(done, written={**done.written, tp: Offset(100)}) if parts.work is reader.work else done
+
+            monkeypatch.setattr(task_module, "commit", more)
+            await read_and_commit(app, reader, tmp_path, "DE")
+            await until(lambda: owner.work is not None and owner.work.dirty, "the partial")
+            await some_time()
+            assert rows_of(app, "counts") == []
+            owner.env.told.clear()
+            owner.look_again()
+            await until(lambda: [row["n"] for row in rows_of(app, "counts")] == [1], "the result")
+            monkeypatch.undo()
+
+    asyncio.run(scenario())
+
+
+def test_a_few_small_answers_of_a_broker_are_not_waited_for_and_a_trickle_is() -> None:
+    pace = Pace()
+    assert [pace.pause_s(100.0) for _ in range(limits.FETCH_BURST)] == [0.0] * limits.FETCH_BURST
+    assert pace.pause_s(100.0) == pytest.approx(limits.FETCH_PAUSE_S)
+    assert pace.pause_s(100.0 + limits.FETCH_PAUSE_S) == pytest.approx(limits.FETCH_PAUSE_S)
+    assert pace.pause_s(200.0) == 0.0
 
 
 def test_what_two_sinks_are_told_alike_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from streamproc.core.types import Offset, TopicPartition
 from streamproc.transport.kafka.codes import FORBIDDEN, Code, name_of
 from streamproc.transport.kafka.wire import NoAnswer, Wire, by_topic
 
-__all__ = ["KafkaFetcher"]
+__all__ = ["KafkaFetcher", "Pace"]
 
 log = logging.getLogger(__name__)
 _READ_COMMITTED: Final = 1
@@ -56,7 +56,7 @@ class _Reading:
         """For `get` to raise, unless the partition is paused or resumed before."""
 
 
-class _Pace:
+class Pace:
     """A trickle comes in fewer and larger pieces, but a few small answers behind a quiet time are never waited for: a token
     bucket that gains one every `limits.FETCH_PAUSE_S`."""
 
@@ -89,7 +89,7 @@ class KafkaFetcher:
         self._ready: deque[_Reading] = deque()
         self._buffered = self._asked_bytes = 0
         self._busy: set[int] = set()
-        self._paces: dict[int, _Pace] = {}
+        self._paces: dict[int, Pace] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed, self._arrived = asyncio.Event(), asyncio.Event()
         self._failed: deque[_Reading] = deque()
@@ -212,7 +212,7 @@ class KafkaFetcher:
             answer = await self._wire.send(node, request, self._lane)
             read_bytes = await self._read(answer, {reading.tp: reading for reading in readings}, asked_from)
             if read_bytes < limits.FETCH_SMALL_BYTES:
-                await self._clock.sleep(self._paces.setdefault(node, _Pace()).pause_s(self._clock.monotonic_s()))
+                await self._clock.sleep(self._paces.setdefault(node, Pace()).pause_s(self._clock.monotonic_s()))
         except NoAnswer as error:
             self._back_off(readings, str(error))
         finally:
