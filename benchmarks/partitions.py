@@ -63,20 +63,20 @@ def run(given: argparse.Namespace, say: Say) -> Line:
     """Blocks for minutes. A log in a file belongs to one process, so there is no second worker on it."""
     workers = given.workers if given.transport == "kafka" else [1]
     line, wrong, rates = Line(name="partitions", transport=given.transport, records=given.records), list[str](), {}
-    with temporary_folder() as folder, started_log(given.transport, folder) as log:
-        cases = [
-            _Case(log, folder, count, number, given.commit_interval) for count in given.partitions for number in workers
-        ]
-        say("warming up")
-        _Case(log, folder, GROWTH_FROM, 1, given.commit_interval).measure(WARM_RECORDS)
-        for case in cases:
-            say(f"{case.partitions} partitions, {case.workers} workers")
-            done = case.measure(given.records)
-            rates[case.partitions, case.workers] = line[case.name] = round(given.records / done.cpu_s)
-            line[f"commits_{case.name}"] = done.commits
-            wrong += [f"{case.name}: {difference}" for difference in done.wrong]
-        growths = {f"growth_pct_{number}w": growth_pct(rates, number) for number in workers}
-        return {**line, **{name: pct for name, pct in growths.items() if pct is not None}, **facts(log, wrong)}
+    for count in given.partitions:
+        for number in workers:
+            # A log of its own for each: what earlier ones have left in a broker makes the later dearer.
+            with temporary_folder() as folder, started_log(given.transport, folder) as log:
+                say(f"{count} partitions, {number} workers")
+                _Case(log, folder, count, number, given.commit_interval).measure(WARM_RECORDS)
+                case = _Case(log, folder, count, number, given.commit_interval)
+                done = case.measure(given.records)
+                rates[count, number] = line[case.name] = round(given.records / done.cpu_s)
+                line[f"commits_{case.name}"] = done.commits
+                wrong += [f"{case.name}: {difference}" for difference in done.wrong]
+                of_run = facts(log, wrong)
+    growths = {f"growth_pct_{number}w": growth_pct(rates, number) for number in workers}
+    return {**line, **{name: pct for name, pct in growths.items() if pct is not None}, **of_run}
 
 
 def growth_pct(rates: Mapping[tuple[int, int], int], workers: int) -> float | None:

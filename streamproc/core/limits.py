@@ -133,7 +133,7 @@ BARRIER_TIMEOUTS_MAX: Final = 3
 """How often in a row an agent may hold up a commit before the worker stops and names its line."""
 DISTINCT_CACHE_BYTES_MAX: Final = 256 << 20
 """Sets of distinct values that one table keeps in memory per task; a set that is not there is read from the store."""
-TABLE_ROWS_CACHE_BYTES_MAX: Final = 32 << 20
+TABLE_ROWS_CACHE_BYTES_MAX: Final = 16 << 20
 """Decoded rows of earlier epochs that one table of a pipeline keeps in memory per task; others are read from the store."""
 DISTINCT_CHUNK_BYTES_MAX: Final = 256 * 1024
 """One stored chunk of a set of distinct values: a record well below `INTERNAL_BATCH_BYTES_MAX`."""

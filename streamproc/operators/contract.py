@@ -31,7 +31,8 @@ class KeyedState(Protocol):
     def expire(self, start: bytes, stop: bytes) -> None:
         """Rows with start <= key < stop leave by retention: sinks keep theirs."""
 
-    def scan(self, start: bytes, stop: bytes | None) -> Iterator[tuple[bytes, bytes]]: ...
+    def scan(self, start: bytes, stop: bytes | None) -> Iterator[tuple[bytes, bytes]]:
+        """Rows with start <= key < stop as they are now: what is put while it goes on is not seen by it."""
 
 
 class SideRecord(NamedTuple):

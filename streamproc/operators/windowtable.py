@@ -250,9 +250,10 @@ class WindowTable:
     def _move(self, start: int, state: WindowState, epoch: int, changed: I64) -> None:
         """One window into its next state. The rows ``changed`` by the epoch get it when they are written."""
         prefix = window_prefix(start)
-        stored = list(self._state.scan(prefix, prefix + CHUNK))
-        written_later = set(self._cache.keys(changed)) if stored else set()
-        for key, value in stored:
+        written_later: set[bytes] | None = None
+        for key, value in self._state.scan(prefix, prefix + CHUNK):
+            if written_later is None:
+                written_later = set(self._cache.keys(changed))
             if key not in written_later:
                 self._state.put(key, self._layout.restamp(value, state, epoch))
         self._live[start] = state
