@@ -41,8 +41,9 @@ def beyond() -> dict[str, list[int]]:
     for task in app.runtime.tasks.values():
         work = task.work
         if isinstance(work, SourceWork) and task.record is not None:
-            committed, read = task.committed_position(work.tp), work.resume_at().get(work.tp)
-            if committed is not None and read is not None and read > committed and work.program.size_bytes > 0:
+            committed = task.committed_position(work.tp) or 0  # nothing committed yet: the first epoch begins at 0
+            read = work.resume_at().get(work.tp)
+            if read is not None and read > committed and work.program.size_bytes > 0:
                 found[tp_name(work.tp)] = [int(committed), int(read)]
     return found
 
