@@ -129,6 +129,9 @@ TICK_S: Final = 0.2
 """How often idleness is looked at."""
 TRIM_INTERVAL_S: Final = 10.0
 """How often repartition topics are trimmed behind the committed positions."""
+FREE_MEMORY_INTERVAL_S: Final = 0.5
+"""How often a worker hands memory that is free to the system: some 150 MB each time behind a table of ten million keys, for
+6 ms."""
 BARRIER_TIMEOUTS_MAX: Final = 3
 """How often in a row an agent may hold up a commit before the worker stops and names its line."""
 DISTINCT_CACHE_BYTES_MAX: Final = 256 << 20

@@ -17,6 +17,7 @@ from mode import Service
 from streamproc.core import limits
 from streamproc.core.clock import Clock
 from streamproc.core.errors import BrokerUnavailable, InvariantBroken, LogLost, UserError, WorkerFailure
+from streamproc.core.memory import release_free_memory
 from streamproc.core.types import Offset, TaskId, TopicPartition
 from streamproc.runtime.monitor import SensorFeed
 from streamproc.runtime.ownerwork import OwnerWork
@@ -370,6 +371,7 @@ class Runtime(Service):
 
     @Service.task
     async def _idle_timer(self) -> None:
+        released_s = self.clock.monotonic_s()
         while not self.should_stop:
             began_s = self.clock.monotonic_s()
             await self.clock.sleep(limits.TICK_S)
@@ -377,6 +379,9 @@ class Runtime(Service):
             now_ms = round(self.clock.monotonic_s() * 1000)
             for task in list(self.tasks.values()):
                 task.tick(now_ms)
+            if self.app.in_worker and began_s - released_s >= limits.FREE_MEMORY_INTERVAL_S:
+                release_free_memory()
+                released_s = began_s
 
     def _say_if_stood_still(self, stood_s: float) -> None:
         """No heartbeat was sent meanwhile: what follows in the log, a lost membership and fenced tasks, is only its result."""
